@@ -1,0 +1,1 @@
+"""Networks: the transformer backbone, the IBQ vision tokenizer, attention masks and caches."""

@@ -1,0 +1,1 @@
+"""The world to token ids and back."""

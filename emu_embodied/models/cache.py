@@ -1,0 +1,131 @@
+"""Keys and values of tokens already read, so that nothing is computed twice.
+
+Shapes: layers x [B or S, kv heads, capacity, head dim].
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from emu_embodied.models.transformer import EmuConfig
+
+
+class KVCache:
+    """Preallocated keys and values of up to ``capacity`` tokens for each of ``batch`` sequences.
+
+    A cache may continue a ``prefix``: a cache of one sequence that all ``batch`` sequences share. The prefix is not
+    copied; it is only read, and is closed to writing from then on (``fork`` it to append to what it holds), so that no
+    cache which continues it can be changed behind its back.
+
+    Args:
+        config: the model's shape.
+        batch: sequences held.
+        capacity: tokens of each sequence, those of the prefix not counted.
+        prefix: cache of batch 1 that every sequence continues.
+        device: where to keep it; the prefix's device by default.
+        dtype: of keys and values; the prefix's by default, else float32.
+
+    Raises:
+        ValueError: if ``prefix`` holds more than one sequence, or has a prefix itself.
+    """
+
+    def __init__(
+        self,
+        config: EmuConfig,
+        batch: int,
+        capacity: int,
+        prefix: KVCache | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if prefix is not None:
+            if prefix.batch != 1 or prefix.prefix is not None:
+                raise ValueError(
+                    f"a prefix must be one plain sequence, this one holds {prefix.batch} (or has a prefix)"
+                )
+            prefix.closed = True
+            device = prefix.keys[0].device if device is None else device
+            dtype = prefix.keys[0].dtype if dtype is None else dtype
+        self.config = config
+        self.batch = batch
+        self.capacity = capacity
+        self.prefix = prefix
+        self.length = 0
+        self.closed = False
+        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+
+    @property
+    def total_length(self) -> int:
+        """Tokens that a new token sees: those of the prefix and the own ones."""
+        return self.length + (0 if self.prefix is None else self.prefix.length)
+
+    def reserve(self, tokens: int) -> None:
+        """Check that ``tokens`` more can be written.
+
+        Raises:
+            ValueError: if they do not fit, or if this cache serves as a prefix.
+        """
+        if self.closed:
+            raise ValueError("this cache is shared as a prefix and may not change: append to a fork() of it")
+        if self.length + tokens > self.capacity:
+            raise ValueError(
+                f"the KV cache is full: {self.length} tokens held + {tokens} new > capacity {self.capacity}; "
+                "make it with a larger capacity (tokens that are not kept need room too)"
+            )
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put new keys and values [batch, kv heads, T, head dim] behind those held, without counting them yet.
+
+        Returns:
+            Own keys and values with the new ones, views [batch, kv heads, length + T, head dim].
+        """
+        end = self.length + key.shape[2]
+        self.keys[layer][:, :, self.length : end] = key
+        self.values[layer][:, :, self.length : end] = value
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def shared(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The prefix's keys and values [1, kv heads, prefix length, head dim], or None without one."""
+        if self.prefix is None or self.prefix.length == 0:
+            return None
+        length = self.prefix.length
+        return self.prefix.keys[layer][:, :, :length], self.prefix.values[layer][:, :, :length]
+
+    def advance(self, tokens: int) -> None:
+        """Count the first ``tokens`` of those just written as held; the others will be overwritten."""
+        self.length += tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget all own tokens from ``length`` on.
+
+        Raises:
+            ValueError: if fewer are held, or if this cache serves as a prefix.
+        """
+        if self.closed:
+            raise ValueError("this cache is shared as a prefix and may not change: truncate a fork() of it")
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate to {length} tokens: {self.length} are held")
+        self.length = length
+
+    def fork(self, room: int = 0) -> KVCache:
+        """An independent, writable copy of what is held, with room for ``room`` tokens more. A prefix stays shared.
+
+        The copy costs as much as reading the cache once; decisions are rare and prefixes are short.
+        """
+        copy = KVCache(
+            self.config,
+            self.batch,
+            self.length + room,
+            prefix=self.prefix,
+            device=self.keys[0].device,
+            dtype=self.keys[0].dtype,
+        )
+        for layer in range(len(self.keys)):
+            copy.write(layer, self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length])
+        copy.advance(self.length)
+        return copy

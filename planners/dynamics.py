@@ -1,0 +1,82 @@
+"""Two dynamics behind one call: the learned model from a belief, and the true simulator from its present state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from emu_embodied.protocols import Dynamics, Evaluate, Objective, Simulator, WorldModel
+from emu_embodied.records import Belief, Frames, Imagination, Transition
+
+Tokenize = Callable[[Frames], torch.Tensor]
+"""Frames of one state -> int64 tokens [N]."""
+
+
+class ImaginedDynamics:
+    """The learned model, from one belief."""
+
+    def __init__(self, world_model: WorldModel, belief: Belief):
+        self.world_model = world_model
+        self.belief = belief
+
+    def imagine(self, actions_SHKA: torch.Tensor, generator: torch.Generator | None = None) -> Imagination:
+        """Imagine S action sequences float32 [S, H, K, A] from the belief."""
+        return self.world_model.imagine(self.belief, actions_SHKA, generator)
+
+
+class TrueDynamics:
+    """The simulator itself, from the state it is in; it is back in that state when a call returns or raises.
+
+    Args:
+        simulator: what the actions are tried on.
+        tokenize: makes the tokens of a state reached; without it nothing is rendered and there are no tokens.
+    """
+
+    def __init__(self, simulator: Simulator, tokenize: Tokenize | None = None):
+        self.simulator = simulator
+        self.tokenize = tokenize
+
+    def imagine(self, actions_SHKA: torch.Tensor, generator: torch.Generator | None = None) -> Imagination:
+        """Simulate S action sequences float32 [S, H, K, A]; the generator is not used, the simulator is exact."""
+        futures = self._simulate(actions_SHKA, render=self.tokenize is not None)
+        tokens = None
+        if self.tokenize is not None:
+            tokens = torch.stack(
+                [torch.stack([self.tokenize(step.observation.frames) for step in future]) for future in futures]
+            )
+        return Imagination(
+            tokens_SHN=tokens,
+            proprio_SHP=torch.from_numpy(
+                np.array([[step.observation.proprio for step in future] for future in futures], dtype=np.float32)
+            ),
+            reward_SH=torch.tensor([[float(step.rewards_K[-1]) for step in future] for future in futures]),
+            success_SH=torch.tensor([[float(step.success) for step in future] for future in futures]),
+        )
+
+    def replay(self, actions_HKA: torch.Tensor) -> list[Transition]:
+        """What one action sequence leads to, with frames, for looking at."""
+        return self._simulate(actions_HKA[None], render=True)[0]
+
+    def _simulate(self, actions_SHKA: torch.Tensor, *, render: bool) -> list[list[Transition]]:
+        plans = actions_SHKA.detach().cpu().numpy().astype(np.float32, copy=False)
+        present = self.simulator.snapshot()
+        futures = []
+        try:
+            for actions_HKA in plans:
+                self.simulator.restore(present)
+                futures.append([self.simulator.step_block(action_KA, render=render) for action_KA in actions_HKA])
+        finally:
+            self.simulator.restore(present)
+        return futures
+
+
+def evaluator(dynamics: Dynamics, objective: Objective, generator: torch.Generator | None = None) -> Evaluate:
+    """What a planner is given: ``objective`` of ``dynamics.imagine``, so that it sees neither."""
+
+    def evaluate(actions_SHKA: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return objective(dynamics.imagine(actions_SHKA, generator))
+
+    return evaluate

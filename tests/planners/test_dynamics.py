@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+import torch
+
+from emu_embodied.planners.dynamics import ImaginedDynamics, TrueDynamics, evaluator
+from emu_embodied.planners.objectives import PredictedReward
+from tests.point_mass import PointMass, PointMassModel, tokenize
+
+
+@pytest.fixture
+def simulator():
+    simulator = PointMass()
+    simulator.reset(seed=1)
+    simulator.step_block(np.full((5, 2), 0.3, np.float32))
+    return simulator
+
+
+@pytest.fixture
+def actions_SHKA():
+    return torch.rand(6, 4, 5, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_true_dynamics_is_the_simulator_and_leaves_it_alone(simulator, actions_SHKA):
+    before = simulator.snapshot()
+    imagined = TrueDynamics(simulator).imagine(actions_SHKA)
+    assert simulator.snapshot() is before
+    assert imagined.tokens_SHN is None and simulator.rendered == 1  # the fixture's own step
+    for s, actions_HKA in enumerate(actions_SHKA.numpy()):
+        simulator.restore(before)
+        for h, action_KA in enumerate(actions_HKA):
+            step = simulator.step_block(action_KA, render=False)
+            assert np.array_equal(imagined.proprio_SHP[s, h], step.observation.proprio)
+            assert float(imagined.reward_SH[s, h]) == step.rewards_K[-1]
+            assert bool(imagined.success_SH[s, h]) == step.success
+
+
+def test_tokens_only_where_asked(simulator, actions_SHKA):
+    imagined = TrueDynamics(simulator, tokenize).imagine(actions_SHKA)
+    assert imagined.tokens_SHN.shape == (6, 4, 64)
+    assert (imagined.tokens_SHN.sum(dim=-1) > 0).all()
+
+
+def test_restored_when_the_simulator_breaks(simulator, actions_SHKA):
+    before = simulator.snapshot()
+    simulator.fail_at = 12
+    with pytest.raises(RuntimeError, match="broke"):
+        TrueDynamics(simulator).imagine(actions_SHKA)
+    assert simulator.snapshot() is before
+
+
+def test_both_dynamics_agree_when_the_model_is_exact(simulator, actions_SHKA):
+    actions_SHKA = actions_SHKA * 0.5  # stays off the walls, where the model clips per block and the simulator per step
+    belief = PointMassModel().observe([simulator.observe()])
+    costs = [
+        evaluator(dynamics, PredictedReward(discount=0.9))(actions_SHKA)
+        for dynamics in (TrueDynamics(simulator), ImaginedDynamics(PointMassModel(), belief))
+    ]
+    assert torch.allclose(*costs, atol=1e-5)
+
+
+def test_replay_draws(simulator, actions_SHKA):
+    before = simulator.snapshot()
+    steps = TrueDynamics(simulator).replay(actions_SHKA[0])
+    assert len(steps) == 4 and all("front" in step.observation.frames for step in steps)
+    assert simulator.snapshot() is before

@@ -9,7 +9,6 @@ a run that was killed continues where it stopped.
 
 from __future__ import annotations
 
-import atexit
 import json
 import multiprocessing
 import os
@@ -17,7 +16,7 @@ import signal
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import accumulate
@@ -332,30 +331,30 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and closes the pipe
     made: dict[str, RecordedSimulator] = {}
     specs: dict[str, DatasetSpec] = {}
-    atexit.register(lambda: [simulator.close() for simulator in made.values()])
-    while True:
-        try:
+    # Closed here and not at exit: by then OpenGL has been shut down by its own exit handler.
+    with ExitStack() as closing, suppress(EOFError, BrokenPipeError):
+        while True:
             asked: str | _Task = pipe.recv()
-        except EOFError:
-            return
-        try:
-            env_id = asked if isinstance(asked, str) else asked.env_id
-            if env_id not in made:
-                made[env_id] = simulators(env_id)
-                specs[env_id] = _spec(made[env_id], env_id, block)
-            if isinstance(asked, str):
-                pipe.send(specs[env_id])
-                continue
-            rng = np.random.default_rng([asked.run_seed, asked.number, 1])
-            behaviour = behaviours[asked.source](made[env_id], block, rng)
-            episode = record_episode(made[env_id], behaviour, env_id=env_id, seed=asked.seed, source=asked.source)
-            check_episode(episode, specs[env_id])
-            pipe.send((encode(episode), peak_memory_mb()))
-        except BrokenPipeError:
-            return
-        except Exception as error:
-            refused = isinstance(asked, str) and isinstance(error, ValueError | ImportError)
-            pipe.send(_Failure(traceback.format_exc(), str(error) if refused else None))
+            try:
+                env_id = asked if isinstance(asked, str) else asked.env_id
+                if env_id not in made:
+                    made[env_id] = simulators(env_id)
+                    closing.callback(made[env_id].close)
+                    specs[env_id] = _spec(made[env_id], env_id, block)
+                if isinstance(asked, str):
+                    answer: Any = specs[env_id]
+                else:
+                    rng = np.random.default_rng([asked.run_seed, asked.number, 1])
+                    behaviour = behaviours[asked.source](made[env_id], block, rng)
+                    episode = record_episode(
+                        made[env_id], behaviour, env_id=env_id, seed=asked.seed, source=asked.source
+                    )
+                    check_episode(episode, specs[env_id])
+                    answer = encode(episode), peak_memory_mb()
+            except Exception as error:
+                refused = isinstance(asked, str) and isinstance(error, ValueError | ImportError)
+                answer = _Failure(traceback.format_exc(), str(error) if refused else None)
+            pipe.send(answer)
 
 
 def _spec(simulator: RecordedSimulator, env_id: str, block: int) -> DatasetSpec:

@@ -13,6 +13,9 @@ from emu_embodied.records import Episode, Observation
 class RecordedSimulator(Simulator, Protocol):
     """A simulator whose episodes can be recorded."""
 
+    action_space: Any
+    """Gymnasium box of shape [A]."""
+
     def reset(self, *, seed: int | None = None) -> Any:
         """Start the episode that ``seed`` determines."""
         ...

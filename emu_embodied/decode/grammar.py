@@ -1,0 +1,39 @@
+"""What may follow what: which ids each slot of a state may take, and the logits restricted to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from emu_embodied.models.transformer import EmuForCausalLM
+from emu_embodied.tokens.sequence import SequenceLayout
+
+
+@dataclass(frozen=True, slots=True)
+class StateLogits:
+    """Logits of one state, each over its own id range only (local indices).
+
+    Attributes:
+        frame: [S, N, codebook].
+        proprio: [S, P, state bins].
+        reward: [S, reward bins].
+        success: [S, 2].
+    """
+
+    frame: torch.Tensor
+    proprio: torch.Tensor
+    reward: torch.Tensor
+    success: torch.Tensor
+
+
+def state_logits(backbone: EmuForCausalLM, layout: SequenceLayout, hidden_SLD: torch.Tensor) -> StateLogits:
+    """Read a state out of the hidden vectors [S, state_tokens, D] of its segment.
+
+    The head is applied to each position for the ids that may stand there and no others.
+    """
+    parts = {
+        kind: backbone.head(hidden_SLD[:, positions], slice(ids.start, ids.stop))
+        for kind, positions, ids in layout.readouts()
+    }
+    return StateLogits(parts["frame"], parts["proprio"], parts["reward"][:, 0], parts["success"][:, 0])

@@ -1,0 +1,24 @@
+"""Drawing tokens from logits."""
+
+from __future__ import annotations
+
+import torch
+
+
+def sample(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
+    """Draw from softmax(logits / temperature) over the last dimension; temperature 0 takes the most likely.
+
+    Uses the exponential race (argmax of p / Exp(1)), which needs no host synchronisation.
+
+    Raises:
+        ValueError: if temperature is negative, or a generator is missing although one is needed.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature must be >= 0, got {temperature}")
+    if temperature == 0:
+        return logits.argmax(-1)
+    if generator is None:
+        raise ValueError("sampling at temperature > 0 needs a seeded generator")
+    probabilities = torch.softmax(logits.float() / temperature, -1)
+    race = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / race).argmax(-1)

@@ -1,0 +1,145 @@
+"""Interleaving and parsing: the only file that knows the order of tokens.
+
+    sequence := text  state  (action  state)*
+    text     := bos  <text_length bytes, padded>
+    state    := (boi <N_c codes>) for each camera   <P proprio bins>  reward  success
+    action   := boa  <A action bins>
+
+As in Emu3.5 the logits at position j predict the token at j + 1. The ``reward`` and ``success`` slots hold fixed special
+tokens: their values are read out (at the position before the slot), never fed back, so that an agent needs no reward from
+the world it acts in and an imagined reward cannot feed on an earlier one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from emu_embodied.tokens.vocabulary import IdRange, Vocabulary
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceLayout:
+    """Where everything stands. Lengths and offsets in tokens.
+
+    Attributes:
+        vocabulary: the id ranges.
+        text_length: bytes reserved for the instruction; shorter ones are padded, longer ones refused.
+        cameras: camera names, in order.
+        camera_tokens: codes N_c of one camera's frame.
+        num_proprio: P.
+        action_dim: A.
+    """
+
+    vocabulary: Vocabulary
+    text_length: int
+    cameras: tuple[str, ...]
+    camera_tokens: int
+    num_proprio: int
+    action_dim: int
+
+    @property
+    def text_tokens(self) -> int:
+        """Length of the text segment."""
+        return 1 + self.text_length
+
+    @property
+    def state_tokens(self) -> int:
+        """Length of a state segment."""
+        return len(self.cameras) * (1 + self.camera_tokens) + self.num_proprio + 2
+
+    @property
+    def action_tokens(self) -> int:
+        """Length of an action segment."""
+        return 1 + self.action_dim
+
+    @property
+    def step_tokens(self) -> int:
+        """Length of a state and the action after it."""
+        return self.state_tokens + self.action_tokens
+
+    @property
+    def frame_slots(self) -> torch.Tensor:
+        """int64 [N]: where in a state the codes of all cameras stand."""
+        per_camera = torch.arange(1, 1 + self.camera_tokens)
+        starts = torch.arange(len(self.cameras)) * (1 + self.camera_tokens)
+        return (starts[:, None] + per_camera).flatten()
+
+    @property
+    def proprio_slots(self) -> torch.Tensor:
+        """int64 [P]: where in a state the proprio bins stand."""
+        return torch.arange(self.num_proprio) + self.reward_slot - self.num_proprio
+
+    @property
+    def reward_slot(self) -> int:
+        """Where in a state the reward is read out."""
+        return self.state_tokens - 2
+
+    @property
+    def success_slot(self) -> int:
+        """Where in a state success is read out."""
+        return self.state_tokens - 1
+
+    def state_offset(self, index: int) -> int:
+        """Position of the first token of state ``index``."""
+        return self.text_tokens + index * self.step_tokens
+
+    def action_offset(self, index: int) -> int:
+        """Position of the first token of the action after state ``index``."""
+        return self.state_offset(index) + self.state_tokens
+
+    def length(self, num_states: int) -> int:
+        """Tokens of a sequence that ends with a state."""
+        return self.state_offset(num_states - 1) + self.state_tokens
+
+    def readouts(self) -> tuple[tuple[str, torch.Tensor, IdRange], ...]:
+        """(kind, positions in the state whose logits predict it, the ids it may take): the grammar of a state."""
+        v = self.vocabulary
+        return (
+            ("frame", self.frame_slots - 1, v.vision),
+            ("proprio", self.proprio_slots - 1, v.state),
+            ("reward", torch.tensor([self.reward_slot - 1]), v.reward),
+            ("success", torch.tensor([self.success_slot - 1]), v.success),
+        )
+
+    def text_ids(self, text: list[int]) -> torch.Tensor:
+        """Ids of an instruction's bytes -> int64 [text_tokens].
+
+        Raises:
+            ValueError: if the instruction is longer than ``text_length``.
+        """
+        if len(text) > self.text_length:
+            raise ValueError(f"instruction of {len(text)} bytes; this model reads at most {self.text_length}")
+        special = self.vocabulary.special
+        padding = [special["pad"]] * (self.text_length - len(text))
+        return torch.tensor([special["bos"], *text, *padding])
+
+    def state_ids(self, codes_N: torch.Tensor, proprio_P: torch.Tensor) -> torch.Tensor:
+        """Codes [..., N] and proprio bins [..., P] -> int64 [..., state_tokens]."""
+        v = self.vocabulary
+        ids = torch.empty(*codes_N.shape[:-1], self.state_tokens, dtype=torch.long, device=codes_N.device)
+        ids[..., torch.arange(len(self.cameras)) * (1 + self.camera_tokens)] = v.special["boi"]
+        ids[..., self.frame_slots] = v.vision.ids(codes_N.long())
+        ids[..., self.proprio_slots] = v.state.ids(proprio_P.long())
+        ids[..., self.reward_slot] = v.special["reward"]
+        ids[..., self.success_slot] = v.special["success"]
+        return ids
+
+    def parse_state(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 [..., state_tokens] -> codes [..., N], proprio bins [..., P].
+
+        Raises:
+            ValueError: if a slot holds an id of another kind.
+        """
+        v = self.vocabulary
+        return v.vision.local(ids[..., self.frame_slots]), v.state.local(ids[..., self.proprio_slots])
+
+    def action_ids(self, bins_A: torch.Tensor) -> torch.Tensor:
+        """Action bins [..., A] -> int64 [..., action_tokens]."""
+        boa = torch.full((*bins_A.shape[:-1], 1), self.vocabulary.special["boa"], device=bins_A.device)
+        return torch.cat([boa, self.vocabulary.action.ids(bins_A.long())], -1)
+
+    def interleave(self, text_BL: torch.Tensor, states_BTL: torch.Tensor, actions_BTL: torch.Tensor) -> torch.Tensor:
+        """Text [B, text_tokens], states [B, T, state_tokens], actions [B, T - 1, action_tokens] -> ids [B, length(T)]."""
+        steps = torch.cat([states_BTL[:, :-1], actions_BTL], -1).flatten(1)
+        return torch.cat([text_BL, steps, states_BTL[:, -1]], 1)

@@ -1,0 +1,92 @@
+"""Stage ``dida``: discrete diffusion adaptation of a next-token model (Emu3.5, section 3.3).
+
+The next-token loss on the clean stream is kept, so that one set of weights decodes both ways.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from emu_embodied.data.batches import encode_dataset
+from emu_embodied.data.episodes import EpisodeStore
+from emu_embodied.train.evaluation import Judge
+from emu_embodied.train.loop import LoopResult, LossOutput, run_loop
+from emu_embodied.train.losses import state_loss
+from emu_embodied.train.noise import noisy_logits, sample_times
+from emu_embodied.train.pretrain import WorldTraining, prepare_data, write_training_meta
+from emu_embodied.train.windows import action_loss, window_tokens
+from emu_embodied.world_model import WorldModel
+
+
+def train_dida(
+    store: EpisodeStore, world: WorldModel, config: WorldTraining, out: Path, *, resume: bool, path: str = "uniform"
+) -> LoopResult:
+    """Adapt a next-token world model and keep the result in ``out``.
+
+    Raises:
+        ValueError: if the dataset was recorded with other blocks, cameras or environments than the model's.
+        TrainingFailed: on NaN or divergence.
+    """
+    check_same_recording(store, world)
+    tokens = encode_dataset(store, world.frames, world.config.cameras, out / "tokens.safetensors")
+    data = prepare_data(world, tokens, config.held_out)
+    adapted = WorldModel(replace(world.config, paths=(path,), decoding="dida"), world.backbone, world.frames)
+    backbone = adapted.backbone.requires_grad_(True)
+    states = world.config.max_states
+
+    def loss_fn(step: int, generator: torch.Generator) -> LossOutput:
+        batch = data.train.sample(config.batch, states, data.text_train_EL, generator).to(adapted.device)
+        window = window_tokens(adapted, batch, config.context_noise, generator)
+        shape = (config.batch, states - 1)
+        times = sample_times(shape, config.noise_shift, config.source_share, generator)
+        views = noisy_logits(adapted, window, times, generator, path)
+        noisy, logs = state_loss(views.noisy, window.targets, config.weights)
+        clean, clean_logs = state_loss(views.clean, window.targets, config.weights)
+        imitation = action_loss(backbone, adapted.layout, views.hidden_BLD, window, batch.imitate_B)
+        logs |= {f"clean/{name}": value for name, value in clean_logs.items()}
+        copies = times.numel() * adapted.layout.state_tokens
+        loss = noisy + clean + config.weights.action * imitation
+        return LossOutput(loss, {**logs, "action": imitation.detach()}, window.ids_BL.numel() + copies)
+
+    def save(step: int) -> None:
+        adapted.save_pretrained(out)
+
+    judge = Judge(adapted, data, config)
+    result = run_loop(
+        config.loop,
+        backbone,
+        loss_fn,
+        out,
+        stage="dida",
+        resume=resume,
+        describe={"data": store.data_hash, "backbone": backbone.config.to_diff_dict(), "path": path, "batch": config.batch},
+        save=save,
+        evaluate=judge.parallel,
+        unit="tokens",
+    )
+    save(result.step)
+    write_training_meta(out, "dida", config, store, result)
+    return result
+
+
+def check_same_recording(store: EpisodeStore, world: WorldModel) -> None:
+    """Refuse a dataset that the model cannot have been trained on.
+
+    Raises:
+        ValueError: naming what differs, with both values.
+    """
+    config, spec = world.config, store.spec
+    clashes = []
+    if not set(spec.env_ids) <= set(config.env_ids):
+        clashes.append(f"environments: dataset {', '.join(spec.env_ids)}; model {', '.join(config.env_ids)}")
+    if spec.block != config.block:
+        clashes.append(f"env steps in a block: dataset {spec.block}; model {config.block}")
+    if spec.action_dim != config.action_dim:
+        clashes.append(f"action dimensions: dataset {spec.action_dim}; model {config.action_dim}")
+    if [f.name for f in spec.proprio] != [f.name for f in config.proprio]:
+        clashes.append("proprio fields differ")
+    if clashes:
+        raise ValueError(f"{store.folder} does not fit the model: " + " | ".join(clashes))

@@ -1,0 +1,78 @@
+"""One-block predictions on held-out windows: the figures logged during training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from emu_embodied.decode.grammar import StateLogits
+from emu_embodied.train.noise import noisy_logits
+from emu_embodied.train.windows import WindowTokens, clean_logits, window_tokens
+from emu_embodied.world_model import WorldModel
+
+if TYPE_CHECKING:
+    from emu_embodied.train.pretrain import WorldData, WorldTraining
+
+WINDOWS = 64
+"""Held-out windows an evaluation reads."""
+
+
+class Judge:
+    """Draws the same held-out windows every time and scores the model on them."""
+
+    def __init__(self, world: WorldModel, data: WorldData, config: WorldTraining) -> None:
+        self.world, self.data, self.config = world, data, config
+
+    def next_token(self) -> dict[str, float]:
+        """Figures of the clean stream, every earlier token given (teacher forcing)."""
+        return self._average(self._clean)
+
+    def parallel(self) -> dict[str, float]:
+        """Figures of one parallel pass from pure noise, the state before given."""
+        return self._average(self._noisy)
+
+    def _clean(self, window: WindowTokens, generator: torch.Generator) -> StateLogits:
+        backbone = self.world.backbone
+        positions = torch.arange(window.ids_BL.shape[1], device=self.world.device)
+        hidden = backbone.core(window.embeds_BLD, positions, mask=None)
+        return clean_logits(backbone, self.world.layout, hidden)
+
+    def _noisy(self, window: WindowTokens, generator: torch.Generator) -> StateLogits:
+        times = torch.zeros(window.condition_BTD.shape[:2])
+        return noisy_logits(self.world, window, times, generator).noisy
+
+    @torch.no_grad()
+    def _average(self, predict: Callable[[WindowTokens, torch.Generator], StateLogits]) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(0)
+        backbone, states = self.world.backbone, self.world.config.max_states
+        training = backbone.training
+        backbone.eval()
+        right, changed, reward, error = [], [], [], []
+        for _ in range(WINDOWS // self.config.batch):
+            batch = self.data.held_out.sample(self.config.batch, states, self.data.text_held_EL, generator)
+            batch = batch.to(self.world.device)
+            window = window_tokens(self.world, batch, 0.0, generator)
+            logits = predict(window, generator)
+            right.append(logits.frame.argmax(-1) == window.targets.codes_MN)
+            changed.append(window.targets.changed_MN)
+            reward.append(torch.stack([self._reward(logits), batch.reward_BT[:, 1:].flatten()]))
+            error.append((self._proprio(logits) - batch.proprio_BTP[:, 1:].flatten(0, 1)).abs())
+        backbone.train(training)
+        hits, moved, pairs = torch.cat(right).float(), torch.cat(changed), torch.cat(reward, 1)
+        return {
+            "token_accuracy": float(hits.mean()),
+            "changed_token_accuracy": float(hits[moved].mean()),
+            "changed_share": float(moved.float().mean()),
+            "reward_corr": float(torch.corrcoef(pairs)[0, 1]),
+            "proprio_mae": float(torch.cat(error).mean()),
+        }
+
+    def _reward(self, logits: StateLogits) -> torch.Tensor:
+        bins = torch.arange(self.world.config.reward_bins, device=self.world.device).float()
+        return self.world.reward.decode(torch.softmax(logits.reward, -1) @ bins)
+
+    def _proprio(self, logits: StateLogits) -> torch.Tensor:
+        bins = torch.arange(self.world.config.state_bins, device=self.world.device).float()
+        return self.world.proprio.decode(torch.softmax(logits.proprio, -1) @ bins)

@@ -30,6 +30,9 @@ LINK_COLOURS: dict[str, tuple[float, float, float]] = {
     "panda_leftfinger": (0.10, 0.10, 0.12),
     "panda_rightfinger": (0.10, 0.10, 0.12),
 }
+STAND_LENGTH, STAND_RADIUS, STAND_COLOUR = 0.25, 0.007, (0.25, 0.25, 0.28)
+"""[m] a ball hangs on a thin stand that ends inside the table: where it meets the table tells one camera how high the
+ball is."""
 TABLE_COLOUR = (0.80, 0.78, 0.74)
 TABLE_HALF = (1.2, 1.5, 0.02)
 """[m] half extents of the table top."""

@@ -131,6 +131,17 @@ def _add_item(spec: mujoco.MjSpec, name: str, shape: str, size: float) -> None:
         contype=0,
         conaffinity=0,
     )
+    if shape == "ball":
+        half = engine.STAND_LENGTH / 2
+        body.add_geom(
+            name=f"{name}_stand",
+            type=mujoco.mjtGeom.mjGEOM_CYLINDER,
+            pos=(0.0, 0.0, -half),
+            size=(engine.STAND_RADIUS, half, 0.0),
+            rgba=(*engine.STAND_COLOUR, 1.0),
+            contype=0,
+            conaffinity=0,
+        )
 
 
 def _add_cameras_and_lights(spec: mujoco.MjSpec, *, pretty: bool) -> None:

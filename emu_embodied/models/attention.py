@@ -61,7 +61,7 @@ def _attend_in_two_parts(
     causal: bool,
     prefix: KeyValue,
 ) -> torch.Tensor:
-    """Attend to the prefix and to the own keys apart and join both by their log-sum-exp: exact, and nothing is copied."""
+    """Attend to prefix and own keys apart, and join both by their log-sum-exp: exact, and nothing is copied."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     own, own_lse = flash(query, key, value, 0.0, causal, attn_mask=bias)
     sequences, heads, tokens, width = query.shape

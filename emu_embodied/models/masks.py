@@ -11,7 +11,7 @@ import torch
 
 
 def causal(length: int, device: torch.device | str | None = None) -> torch.Tensor:
-    """bool [length, length]: every token sees itself and what came before it."""
+    """Bool [length, length]: every token sees itself and what came before it."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 

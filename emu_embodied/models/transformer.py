@@ -1,7 +1,7 @@
 """The backbone: Emu3.5's decoder-only transformer at every size.
 
-Shape as released (arXiv 2510.26583): pre-norm RMSNorm, grouped-query attention with per-head RMSNorm of queries and keys
-before half-split RoPE, SwiGLU, no biases, an untied head. State-dict keys are those of transformers' Qwen3, so official
+Shape as released (arXiv 2510.26583): pre-norm RMSNorm, grouped-query attention with per-head RMSNorm of queries and
+keys before half-split RoPE, SwiGLU, no biases, an untied head. State-dict keys are those of Qwen3, so official
 checkpoints load by identity.
 
 Shape letters: B batch, T new tokens, D width, V vocabulary.
@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from emu_embodied.models.attention import attend
-from emu_embodied.models.cache import KVCache
 
 
 class EmuConfig(PretrainedConfig):
@@ -252,8 +251,8 @@ class ActionEmbedding(nn.Module):
 class EmuForCausalLM(PreTrainedModel):
     """Emu3.5's transformer with its head, readable and writable as an official folder.
 
-    Two entries: ``forward`` is transformers' calling convention; ``core`` and ``head`` are what our decoders and trainer
-    call, so that the head is paid only where logits are needed and tokens of one call may see each other freely.
+    Two entries: ``forward`` is the calling convention of transformers; ``core`` and ``head`` are what our decoders and
+    trainer call, so that the head is paid only where logits are needed and new tokens may see each other freely.
     """
 
     config_class = EmuConfig

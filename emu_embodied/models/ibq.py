@@ -1,0 +1,328 @@
+"""Emu3.5's vision tokenizer at every size: a convolutional autoencoder with index backpropagation quantisation (IBQ).
+
+A frame becomes a grid of codes; a code is the row of the codebook with the largest dot product. Training passes
+gradients to the whole codebook through a softmax (Shi et al. 2024, as released with Emu3.5).
+
+Shape letters: B batch, C channels, H/W pixels, h/w codes, N codes of a batch, D code dim, K codebook size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from emu_embodied.files import write_atomically, write_json
+from emu_embodied.models.autoencoder import Decoder, Encoder, IBQConfig
+from emu_embodied.models.checkpoints import compare_shapes, read_config, read_folder_shapes
+from emu_embodied.require import require
+
+MODEL_TYPE = "emu_embodied_ibq"
+_OFFICIAL_TYPES = ("Emu3p5VisionVQ", "Emu3VisionVQ")
+
+
+@dataclass(frozen=True, slots=True)
+class IBQOutput:
+    """What a training step needs.
+
+    Attributes:
+        reconstruction: float [B, C, H, W], about [-1, 1].
+        codes: int64 [B, h, w].
+        quantise_loss: scalar; pulls code vectors and encoder outputs together.
+        entropy_loss: scalar; mean entropy of a position minus entropy of the mean (low when sure and diverse) [nats].
+        vectors: float [B, h, w, D], encoder outputs before quantisation, detached; what ``revive`` draws from.
+    """
+
+    reconstruction: torch.Tensor
+    codes: torch.Tensor
+    quantise_loss: torch.Tensor
+    entropy_loss: torch.Tensor
+    vectors: torch.Tensor
+
+
+class Codebook(nn.Module):
+    """K code vectors; a vector's code is the row with the largest dot product."""
+
+    def __init__(self, config: IBQConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.n_embed, config.embed_dim)
+        nn.init.uniform_(self.embedding.weight, -1 / config.n_embed, 1 / config.n_embed)
+
+    def nearest(self, vectors: torch.Tensor, chunk: int = 1 << 26) -> torch.Tensor:
+        """Codes int64 [N] of vectors [N, D], with at most ``chunk`` dot products held at once."""
+        rows = max(1, chunk // len(self.embedding.weight))
+        return torch.cat([(part @ self.embedding.weight.T).argmax(1) for part in vectors.split(rows)])
+
+
+class IBQ(nn.Module):
+    """The vision tokenizer: pixels <-> codes.
+
+    Args:
+        config: its shape.
+    """
+
+    chunk_pixels = 1 << 20
+    """Pixels encoded or decoded at once; bounds the memory of large batches."""
+    commitment = 0.25
+    """Weight of pulling code vectors towards encoder outputs (beta of VQ-VAE, as released)."""
+    entropy_temperature = 0.01
+    """Temperature of the softmax whose entropies are compared (as released)."""
+
+    def __init__(self, config: IBQConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Codebook(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """Code vectors [K, D]."""
+        return self.quantize.embedding.weight
+
+    def vectors(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encoder outputs before quantisation: [B, C, H, W] in [-1, 1] -> [B, h, w, D].
+
+        Raises:
+            ValueError: if a side is no multiple of ``config.cell``.
+        """
+        cell = self.config.cell
+        if pixels.dim() != 4 or pixels.shape[2] % cell or pixels.shape[3] % cell or 0 in pixels.shape[2:]:
+            raise ValueError(
+                f"pixels of shape {tuple(pixels.shape)}: expected [B, {self.config.in_channels}, H, W] with H and W "
+                f"multiples of {cell}, the side of one code's cell; resize or pad the frames"
+            )
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return self.quant_conv(self.encoder(pixels)).permute(0, 2, 3, 1)
+
+    def paint(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Decoder: code vectors [B, h, w, D] -> pixels [B, C, H, W], about [-1, 1]."""
+        return self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels [B, C, H, W] in [-1, 1] -> codes int64 [B, h, w], in chunks of bounded memory.
+
+        Raises:
+            ValueError: if a side is no multiple of ``config.cell``.
+        """
+        return torch.cat([self._encode(part) for part in pixels.split(self._rows(pixels.shape[-2] * pixels.shape[-1]))])
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        vectors = self.vectors(pixels)
+        return self.quantize.nearest(vectors.reshape(-1, vectors.shape[-1])).view(vectors.shape[:3])
+
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes int64 [B, h, w] in [0, K) -> pixels [B, C, H, W], about [-1, 1], in chunks of bounded memory.
+
+        Raises:
+            ValueError: if a code is outside the codebook.
+        """
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.n_embed:
+            raise ValueError(
+                f"codes lie in [{int(codes.min())}, {int(codes.max())}], but the codebook holds {self.config.n_embed}"
+            )
+        rows = self._rows(codes.shape[-2] * codes.shape[-1] * self.config.cell**2)
+        return torch.cat([self.paint(self.quantize.embedding(part)) for part in codes.split(rows)])
+
+    def _rows(self, pixels: int) -> int:
+        return max(1, self.chunk_pixels // pixels)
+
+    def forward(self, pixels: torch.Tensor) -> IBQOutput:
+        """Reconstruct with gradients to encoder, decoder and the whole codebook.
+
+        Args:
+            pixels: [B, C, H, W] in [-1, 1].
+        """
+        vectors = self.vectors(pixels)
+        z = vectors.reshape(-1, vectors.shape[-1])
+        book = self.codebook
+        logits = z @ book.T
+        soft = logits.softmax(1)
+        codes = logits.argmax(1)
+        hard = book[codes]
+        # (onehot - sg(soft) + soft) @ book without the one-hot matrix: gradients reach z and every row of the book.
+        quantised = hard + (soft - soft.detach()) @ book
+        quantise_loss = (
+            F.mse_loss(quantised, z) + F.mse_loss(hard.detach(), z) + self.commitment * F.mse_loss(hard, z.detach())
+        )
+        return IBQOutput(
+            reconstruction=self.paint(quantised.view(vectors.shape)),
+            codes=codes.view(vectors.shape[:3]),
+            quantise_loss=quantise_loss,
+            entropy_loss=_entropy_gap(logits / self.entropy_temperature),
+            vectors=vectors.detach(),
+        )
+
+    @torch.no_grad()
+    def initialise_codebook(self, vectors: torch.Tensor, generator: torch.Generator) -> None:
+        """Start the codebook from what the encoder gives for real frames, so that every code is in reach.
+
+        The 1x1 convolution before the codebook is set to whiten its outputs, and codes become whitened outputs of one
+        norm: the largest dot product is then the nearest direction, and directions are spread evenly. Without this a
+        small codebook collapses to a few codes whose rows happen to be long.
+
+        Args:
+            vectors: outputs of ``vectors`` for a varied batch of frames, [..., D]; several times D of them.
+            generator: chooses which become codes.
+        """
+        z = vectors.reshape(-1, vectors.shape[-1]).double()
+        mean = z.mean(0)
+        spread, axes = torch.linalg.eigh(torch.cov(z.T).view(len(mean), len(mean)))
+        # Directions the encoder hardly uses are not blown up without bound.
+        whiten = axes @ torch.diag(spread.clamp_min(1e-4 * spread[-1]).clamp_min(1e-12).rsqrt()) @ axes.T
+        conv = self.quant_conv
+        conv.weight.copy_((whiten @ conv.weight.double().flatten(1)).view_as(conv.weight))
+        conv.bias.copy_(whiten @ (conv.bias.double() - mean))
+        z = ((z - mean) @ whiten).to(self.codebook.dtype)
+        self.codebook.copy_(_directions(z, self.config.n_embed, generator) * math.sqrt(self.config.embed_dim))
+
+    @torch.no_grad()
+    def revive(self, unused: torch.Tensor, vectors: torch.Tensor, generator: torch.Generator) -> int:
+        """Move codes that are no longer chosen to where the encoder's outputs are.
+
+        Args:
+            unused: bool [K] or indices of the codes to move.
+            vectors: recent encoder outputs [..., D], e.g. ``IBQOutput.vectors``.
+            generator: chooses among them.
+
+        Returns:
+            How many codes were moved.
+        """
+        rows = unused.nonzero().flatten() if unused.dtype == torch.bool else unused.flatten()
+        if len(rows):
+            norm = self.codebook.norm(dim=1).median()
+            z = vectors.reshape(-1, vectors.shape[-1]).to(self.codebook.dtype)
+            self.codebook[rows] = _directions(z, len(rows), generator) * norm
+        return len(rows)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``, each whole or not at all."""
+        folder = Path(folder)
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
+        write_atomically(folder / "model.safetensors", lambda aside: save_file(tensors, aside, {"format": "pt"}))
+        write_json(folder / "config.json", {"model_type": MODEL_TYPE, **asdict(self.config)})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> IBQ:
+        """Read a tokenizer: ours or Emu3.5's safetensors folder, or the official ``config.yaml`` + ``model.ckpt``.
+
+        Raises:
+            ValueError: naming the file that is missing, damaged, or of another model, before memory is spent.
+        """
+        folder = Path(folder)
+        config = _read_config(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        if (folder / "model.safetensors").is_file() or not (folder / "model.ckpt").is_file():
+            compare_shapes(model, read_folder_shapes(folder), folder)
+            state = load_file(folder / "model.safetensors")
+        else:
+            path = folder / "model.ckpt"
+            state = _read_ckpt(path)
+            compare_shapes(model, {name: (path, tuple(tensor.shape)) for name, tensor in state.items()}, folder)
+        model.load_state_dict(state, assign=True)
+        return model.float().to(device=device, memory_format=torch.channels_last).eval()
+
+
+def _directions(vectors: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """``count`` unit vectors along randomly chosen rows of [N, D]; repeated ones are jittered apart."""
+    order = torch.cat([torch.randperm(len(vectors), generator=generator) for _ in range(-(-count // len(vectors)))])
+    chosen = F.normalize(vectors[order[:count].to(vectors.device)], dim=1)
+    noise = torch.randn(chosen.shape, generator=generator).to(chosen) / math.sqrt(chosen.shape[1])
+    return F.normalize(chosen + 0.05 * noise, dim=1)
+
+
+def _entropy_gap(logits: torch.Tensor) -> torch.Tensor:
+    """Mean entropy of each row's distribution minus the entropy of their mean, [N, K] -> scalar [nats]."""
+    log_each = logits.log_softmax(1)
+    each = log_each.exp()
+    mean = each.mean(0)
+    return -(each * log_each).sum(1).mean() + (mean * (mean + 1e-10).log()).sum()
+
+
+@dataclass(frozen=True, slots=True)
+class CodeUsage:
+    """How much of a codebook some codes use.
+
+    Attributes:
+        counts: int64 [K], how often each code occurs.
+        used: share of the codebook that occurs at all, in [0, 1].
+        perplexity: number of codes that, used evenly, would have the same entropy [codes].
+    """
+
+    counts: torch.Tensor
+    used: float
+    perplexity: float
+
+
+def code_usage(codes: torch.Tensor, size: int) -> CodeUsage:
+    """Count codes (int64, any shape) of a codebook of ``size``."""
+    counts = torch.bincount(codes.flatten(), minlength=size)
+    share = counts / counts.sum().clamp_min(1)
+    entropy = -(share * share.clamp_min(1e-12).log()).sum()
+    return CodeUsage(counts, float((counts > 0).float().mean()), float(entropy.exp()))
+
+
+def to_pixels(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, H, W, C] -> float32 [B, C, H, W] in [-1, 1], channels last in memory."""
+    return (frames.float() / 127.5 - 1.0).permute(0, 3, 1, 2)
+
+
+def to_frames(pixels: torch.Tensor) -> torch.Tensor:
+    """Float [B, C, H, W] about [-1, 1] -> uint8 [B, H, W, C], clamped and cut as the official code does."""
+    return ((pixels + 1.0) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+_NAMES = {"codebook_size": "n_embed", "out_channels": "out_ch"}
+"""Names in the official safetensors folder's config.json -> ours."""
+
+
+def _read_config(folder: Path) -> IBQConfig:
+    """A tokenizer's shape from config.json (ours or the official one) or the official config.yaml."""
+    if (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
+        path = folder / "config.json"
+        content = read_config(folder)
+        if content.get("model_type", MODEL_TYPE) not in (MODEL_TYPE, *_OFFICIAL_TYPES):
+            raise ValueError(f"{path} describes a {content['model_type']!r}, not a vision tokenizer")
+    else:
+        path = folder / "config.yaml"
+        yaml = require("yaml", extra="emu35")
+        try:
+            content = yaml.safe_load(path.read_text())
+            content = {**content, **content.pop("ddconfig")}
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is not a vision tokenizer's configuration ({error!r})") from error
+    content = {_NAMES.get(name, name): value for name, value in content.items()}
+    if content.get("double_z"):
+        raise ValueError(f"{path}: double_z is set, which is a VAE's, not this tokenizer's")
+    known = {field.name for field in fields(IBQConfig)}
+    needed = {"ch", "ch_mult", "num_res_blocks", "z_channels", "embed_dim", "n_embed"}
+    if missing := sorted(needed - content.keys()):
+        raise ValueError(f"{path} lacks {', '.join(missing)}: not a vision tokenizer's configuration")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+    try:
+        return IBQConfig(**{name: value for name, value in values.items() if name in known})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_ckpt(path: Path) -> dict[str, torch.Tensor]:
+    """State dict of an official ``model.ckpt``, mapped and never unpickled; training-only parts dropped."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as plain weights: damaged, cut off, or not a checkpoint") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} is not a state dict of tensors")
+    return {name: tensor for name, tensor in state.items() if not name.startswith(("loss.", "model_ema."))}

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from emu_embodied.models.masks import NoisyCopies
+
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -51,6 +53,39 @@ def attend(
     if bias is not None:
         bias = F.pad(bias, (length, 0))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, enable_gqa=grouped)
+
+
+def attend_with_copies(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, copies: NoisyCopies, *, dropout: float = 0.0
+) -> torch.Tensor:
+    """Attention of a clean stream and its noisy copies, piece by piece.
+
+    Equal to masking all pairs, without computing the pairs that the mask forbids (most of them).
+
+    Args:
+        query: [B, H, L, D], clean stream first, then the copies.
+        key: [B, G, L, D].
+        value: [B, G, L, D].
+        copies: where the copies belong.
+        dropout: probability of dropping an attention weight.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    clean, length = copies.clean_length, copies.block_length
+    mixed = [
+        F.scaled_dot_product_attention(
+            query[:, :, :clean], key[:, :, :clean], value[:, :, :clean], is_causal=True, dropout_p=dropout, enable_gqa=grouped
+        )
+    ]
+    for index, start in enumerate(copies.block_starts):
+        own = slice(clean + index * length, clean + (index + 1) * length)
+        seen_key = torch.cat([key[:, :, :start], key[:, :, own]], 2)
+        seen_value = torch.cat([value[:, :, :start], value[:, :, own]], 2)
+        mixed.append(
+            F.scaled_dot_product_attention(
+                query[:, :, own], seen_key, seen_value, dropout_p=dropout, enable_gqa=grouped
+            )
+        )
+    return torch.cat(mixed, 2)
 
 
 def _attend_in_two_parts(

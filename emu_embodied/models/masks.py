@@ -6,6 +6,7 @@ A mask speaks only of the new tokens of one call; whatever a KV cache already ho
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -60,3 +61,22 @@ def dida_training_mask(
     noisy_keys = torch.zeros(clean_length + noisy_length, noisy_length, dtype=torch.bool, device=device)
     noisy_keys[clean_length:] = copy[:, None] == copy
     return torch.cat([clean_keys, noisy_keys], dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class NoisyCopies:
+    """The structure behind ``dida_training_mask``: attention that knows it skips what the mask forbids.
+
+    Attributes:
+        clean_length: tokens of the clean stream.
+        block_starts: position in the clean stream at which each copied block begins.
+        block_length: tokens of one copy.
+    """
+
+    clean_length: int
+    block_starts: tuple[int, ...]
+    block_length: int
+
+    def dense(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """The same as a mask."""
+        return dida_training_mask(self.clean_length, self.block_starts, self.block_length, device)

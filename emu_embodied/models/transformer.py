@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from emu_embodied.models.attention import attend
+from emu_embodied.models.attention import attend, attend_with_copies
+from emu_embodied.models.masks import NoisyCopies
 
 
 class EmuConfig(PretrainedConfig):
@@ -161,7 +162,7 @@ class EmuAttention(nn.Module):
         self,
         x: torch.Tensor,
         rotations: tuple[torch.Tensor, torch.Tensor],
-        bias: torch.Tensor | None,
+        bias: torch.Tensor | NoisyCopies | None,
         causal: bool,
         cache: Any,
         layer: int,
@@ -177,7 +178,10 @@ class EmuAttention(nn.Module):
             prefix = cache.shared(layer)
             key, value = cache.write(layer, key, value)
         dropout = self.dropout if self.training else 0.0
-        mixed = attend(query, key, value, bias, causal=causal, prefix=prefix, dropout=dropout)
+        if isinstance(bias, NoisyCopies):
+            mixed = attend_with_copies(query, key, value, bias, dropout=dropout)
+        else:
+            mixed = attend(query, key, value, bias, causal=causal, prefix=prefix, dropout=dropout)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
 
 
@@ -210,7 +214,7 @@ class EmuLayer(nn.Module):
         self,
         x: torch.Tensor,
         rotations: tuple[torch.Tensor, torch.Tensor],
-        bias: torch.Tensor | None,
+        bias: torch.Tensor | NoisyCopies | None,
         causal: bool,
         cache: Any,
         layer: int,
@@ -281,7 +285,7 @@ class EmuForCausalLM(PreTrainedModel):
         self,
         embeds: torch.Tensor,
         positions: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | NoisyCopies | None = None,
         cache: Any = None,
         keep: int | None = None,
     ) -> torch.Tensor:
@@ -292,6 +296,7 @@ class EmuForCausalLM(PreTrainedModel):
             positions: int64 [T] or [B, T], the place of each token in its sequence (noisy copies repeat places).
             mask: bool [T, T] or [B, T, T] over the new tokens, True where a query (row) may attend; what the cache
                 holds is visible to all. A last dimension of ``cache.length + T`` speaks of the cached tokens too.
+                ``NoisyCopies`` is DiDA's training mask, faster than the same mask written out (without a cache only).
                 None is causal.
             cache: read, and written behind its end; inference only.
             keep: how many leading new tokens stay in the cache; the others are used in this call and forgotten. None
@@ -305,6 +310,8 @@ class EmuForCausalLM(PreTrainedModel):
         """
         tokens = embeds.shape[1]
         if cache is not None:
+            if isinstance(mask, NoisyCopies):
+                raise ValueError("noisy copies stand beside a whole clean stream: call without a cache")
             if torch.is_grad_enabled():
                 raise ValueError("a KV cache is for inference: call under torch.no_grad(), or without a cache to train")
             cache.reserve(tokens)
@@ -362,8 +369,12 @@ class EmuForCausalLM(PreTrainedModel):
         return CausalLMOutputWithPast(logits=self.head(hidden), past_key_values=past_key_values)
 
 
-def _bias(mask: torch.Tensor | None, tokens: int, past: int, like: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
+def _bias(
+    mask: torch.Tensor | NoisyCopies | None, tokens: int, past: int, like: torch.Tensor
+) -> tuple[torch.Tensor | NoisyCopies | None, bool]:
     """The additive form of a mask, made once for all layers, or None and whether attention is plainly causal."""
+    if isinstance(mask, NoisyCopies):
+        return mask, False
     if mask is None:
         if past == 0 or tokens == 1:
             return None, tokens > 1

@@ -8,7 +8,7 @@ import torch
 
 from emu_embodied.decode.grammar import StateLogits, state_logits
 from emu_embodied.decode.paths import PATHS
-from emu_embodied.models.masks import dida_training_mask
+from emu_embodied.models.masks import NoisyCopies
 from emu_embodied.train.windows import WindowTokens, clean_logits
 from emu_embodied.world_model import WorldModel
 
@@ -56,7 +56,7 @@ def noisy_logits(
     copies_BLD = (backbone.embed(ids) + window.condition_BTD[:, :, None]).flatten(1, 2)
     clean_length = window.ids_BL.shape[1]
     starts = [layout.state_offset(t) for t in range(1, copies + 1)]
-    mask = dida_training_mask(clean_length, starts, layout.state_tokens).to(device)
+    mask = NoisyCopies(clean_length, tuple(starts), layout.state_tokens)
     spans = [torch.arange(start, start + layout.state_tokens) for start in starts]
     positions = torch.cat([torch.arange(clean_length), *spans]).to(device)
     hidden = backbone.core(torch.cat([window.embeds_BLD, copies_BLD], 1), positions, mask=mask)

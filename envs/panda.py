@@ -99,6 +99,8 @@ class PandaEnv(gymnasium.Env):
         self.render_mode = render_mode
         self._engine = _make_engine(engine, self.task, image_size=image_size, pretty=pretty)
         self._chain = panda_chain()
+        self._low = np.array([*WORKSPACE_LOW, self.task.tool_floor])
+        self._high = np.array(WORKSPACE_HIGH)
         self._scene: Scene | None = None
         self._state: WorldState | None = None
         self._joints = np.zeros(7)
@@ -114,7 +116,9 @@ class PandaEnv(gymnasium.Env):
 
     # Gymnasium
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Draw a new scene; the same seed gives the same bytes."""
         super().reset(seed=seed)
         self._begin(self.task.sample(self.np_random))
@@ -201,6 +205,11 @@ class PandaEnv(gymnasium.Env):
         """Env steps since the reset."""
         return self._elapsed
 
+    @property
+    def target_xyz(self) -> np.ndarray:
+        """Where the controller is steering the tool [m] [3]; the tool trails it by up to 2 cm in motion."""
+        return self._target.copy()
+
     def world_state(self) -> WorldState:
         """The true state."""
         if self._state is None:
@@ -243,7 +252,7 @@ class PandaEnv(gymnasium.Env):
         action = np.clip(action, -1.0, 1.0)
         ee = self.world_state().ee_xyz
         target = np.clip(self._target + MAX_MOVE * action[:3], ee - MAX_LEAD, ee + MAX_LEAD)
-        self._target = np.clip(target, WORKSPACE_LOW, WORKSPACE_HIGH)
+        self._target = np.clip(target, self._low, self._high)
         self._joints = self._chain.follow(self._joints, self._target)
         opening = self.task.locked_opening
         if opening is None:

@@ -25,7 +25,9 @@ class EnvSpec:
 
 
 _SPECS: dict[str, EnvSpec] = {
-    f"{task}{suffix}-v0": EnvSpec(task, engine) for engine, suffix in (("mujoco", ""), ("bullet", "Bullet")) for task in TASKS
+    f"{task}{suffix}-v0": EnvSpec(task, engine)
+    for engine, suffix in (("mujoco", ""), ("bullet", "Bullet"))
+    for task in TASKS
 }
 
 

@@ -31,9 +31,9 @@ SIDES = {"left": -1.0, "right": 1.0}
 MAX_INSTRUCTION = 48
 """Longest instruction [bytes]."""
 
-WORKSPACE_LOW = np.array([0.32, -0.24, 0.015])
-WORKSPACE_HIGH = np.array([0.66, 0.24, 0.26])
-"""Box [m] that the tool's target stays in."""
+WORKSPACE_LOW = (0.32, -0.24)
+WORKSPACE_HIGH = (0.66, 0.24, 0.26)
+"""Box [m] that the tool's target stays in; its floor is the task's ``tool_floor``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,8 @@ class Task(ABC):
     """Reward term -> weight; they sum to 1, so the reward is in [0, 1]."""
     slots: tuple[tuple[str, Shape, float], ...]
     """(name, shape, size [m]) of every item, the same in every episode."""
+    tool_floor: float = 0.015
+    """[m] the lowest the tool may go; in the tasks with 6 cm cubes the hand would otherwise press on their tops."""
     locked_opening: float | None = None
     """[m] if set, the gripper is held there and its action has no effect."""
 
@@ -133,7 +135,9 @@ class Task(ABC):
         """Weighted sum of the terms, in [0, 1]."""
         return sum(self.weights[name] * value for name, value in terms.items())
 
-    def _items(self, places: list[tuple[float, float, float]], colours: list[str], yaws: list[float]) -> tuple[Item, ...]:
+    def _items(
+        self, places: list[tuple[float, float, float]], colours: list[str], yaws: list[float]
+    ) -> tuple[Item, ...]:
         return tuple(
             Item(name, shape, size, colour, xyz, yaw)
             for (name, shape, size), colour, xyz, yaw in zip(self.slots, colours, places, yaws, strict=True)
@@ -146,6 +150,7 @@ class PandaReach(Task):
     name = "PandaReach"
     max_episode_steps = 30
     weights = {"near": 0.4, "touch": 0.4, "success": 0.2}
+    tool_floor = 0.03
     slots = (("ball_0", "ball", 0.03), ("ball_1", "ball", 0.03))
     radius = 0.04
     """[m] success: distance of the tool to the ball's centre."""
@@ -194,7 +199,13 @@ class PandaPush(Task):
     name = "PandaPush"
     max_episode_steps = 60
     weights = {"approach": 0.3, "place": 0.5, "success": 0.2}
-    slots = (("cube_0", "cube", 0.03), ("cube_1", "cube", 0.03), ("marker_left", "disc", 0.05), ("marker_right", "disc", 0.05))
+    slots = (
+        ("cube_0", "cube", 0.03),
+        ("cube_1", "cube", 0.03),
+        ("marker_left", "disc", 0.05),
+        ("marker_right", "disc", 0.05),
+    )
+    tool_floor = 0.03
     locked_opening = 0.0
     radius = 0.05
     """[m] success: planar distance of the cube's centre to the marker's."""

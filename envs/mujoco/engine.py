@@ -38,7 +38,9 @@ class MujocoEngine:
         self._body = [model.body(name).id for name, _, _ in task.slots]
         self._geom = [model.geom(name).id for name, _, _ in task.slots]
         # Address in qpos and qvel of what moves; mocap index of what does not.
-        self._free = [(model.joint(n).qposadr[0], model.joint(n).dofadr[0]) if s == "cube" else None for n, s, _ in task.slots]
+        self._free = [
+            (model.joint(n).qposadr[0], model.joint(n).dofadr[0]) if s == "cube" else None for n, s, _ in task.slots
+        ]
         self._mocap = [int(model.body_mocapid[body]) for body in self._body]
         self._velocity = np.zeros(6)
 

@@ -37,6 +37,7 @@ class Simulator(Protocol):
     """An environment whose state can be saved, restored and stepped in blocks of K env steps."""
 
     proprio_fields: tuple[Field, ...]
+    block: int
 
     def snapshot(self) -> Any:
         """The complete state; stepping after ``restore`` gives the same bytes."""

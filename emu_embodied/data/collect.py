@@ -345,7 +345,7 @@ def _work(
                     answer: Any = specs[env_id]
                 else:
                     rng = np.random.default_rng([asked.run_seed, asked.number, 1])
-                    behaviour = behaviours[asked.source](made[env_id], block, rng)
+                    behaviour = behaviours[asked.source](made[env_id], rng)
                     episode = record_episode(
                         made[env_id], behaviour, env_id=env_id, seed=asked.seed, source=asked.source
                     )
@@ -358,6 +358,8 @@ def _work(
 
 
 def _spec(simulator: RecordedSimulator, env_id: str, block: int) -> DatasetSpec:
+    if simulator.block != block:
+        raise ValueError(f"{env_id} takes blocks of {simulator.block} env steps, the dataset has {block}")
     simulator.reset(seed=0)
     frames = simulator.observe().frames
     return DatasetSpec(

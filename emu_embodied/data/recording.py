@@ -61,8 +61,8 @@ class Behaviour(Protocol):
 class BehaviourFactory(Protocol):
     """Makes a behaviour for one episode."""
 
-    def __call__(self, simulator: Any, block: int, rng: np.random.Generator, /) -> Behaviour:
-        """A behaviour that draws all its randomness from ``rng`` and gives blocks of ``block`` env steps."""
+    def __call__(self, simulator: Any, rng: np.random.Generator, /) -> Behaviour:
+        """A behaviour that draws all its randomness from ``rng``; it gives blocks of ``simulator.block`` env steps."""
         ...
 
 

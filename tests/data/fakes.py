@@ -40,6 +40,7 @@ class DotSimulator:
     def __init__(self, env_id: str, size: int = 8) -> None:
         self.env_id, self.size = env_id, size
         self.proprio_fields = FIELDS
+        self.block = 3
         self.action_space = SimpleNamespace(shape=(2,))
         self.x = self.goal = 0.0
         self.left = 0
@@ -88,8 +89,8 @@ class DotSimulator:
 class Wander:
     phase = "wander"
 
-    def __init__(self, simulator: DotSimulator, block: int, rng: np.random.Generator) -> None:
-        self.block, self.rng = block, rng
+    def __init__(self, simulator: DotSimulator, rng: np.random.Generator) -> None:
+        self.block, self.rng = simulator.block, rng
 
     def reset(self, observation: Observation) -> None:
         pass

@@ -16,8 +16,8 @@ from emu_embodied.records import Plan
 class CEMConfig(SearchConfig):
     """Settings of ``CEM``."""
 
-    elites: int = 8
-    """Cheapest candidates the next mean and standard deviation are fitted to."""
+    elite_share: float = 0.125
+    """Share of ``samples`` that the next mean and standard deviation are fitted to, the cheapest ones."""
     kept_elites: int = 3
     """Elites that stay candidates in the next iteration, with the cost they have."""
     min_std: float = 0.05
@@ -29,12 +29,17 @@ class CEMConfig(SearchConfig):
 
     def __post_init__(self) -> None:
         SearchConfig.__post_init__(self)
-        if not 1 <= self.elites <= self.samples:
-            raise ValueError(f"elites must be between 1 and samples={self.samples}, got {self.elites}")
-        if not 0 <= self.kept_elites <= self.elites:
-            raise ValueError(f"kept_elites must be between 0 and elites={self.elites}, got {self.kept_elites}")
+        if not 0.0 < self.elite_share <= 1.0:
+            raise ValueError(f"elite_share must be in (0, 1], got {self.elite_share}")
+        if self.kept_elites < 0:
+            raise ValueError(f"kept_elites must not be negative, got {self.kept_elites}")
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+
+    @property
+    def elites(self) -> int:
+        """Number of elites."""
+        return max(1, round(self.elite_share * self.samples))
 
 
 class CEM:

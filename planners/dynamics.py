@@ -25,6 +25,14 @@ class ImaginedDynamics:
         """Imagine S action sequences float32 [S, H, K, A] from the belief."""
         return self.world_model.imagine(self.belief, actions_SHKA, generator)
 
+    def foresee(
+        self, actions_HKA: torch.Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Imagination, Frames]:
+        """One future to look at: its imagination (S = 1) and its frames, camera -> uint8 [H, height, width, 3]."""
+        imagination = self.imagine(actions_HKA[None], generator)
+        frames = self.world_model.render(imagination, [0], range(len(actions_HKA)))
+        return imagination, {camera: images[0] for camera, images in frames.items()}
+
 
 class TrueDynamics:
     """The simulator itself, from the state it is in; it is back in that state when a call returns or raises.
@@ -41,23 +49,30 @@ class TrueDynamics:
     def imagine(self, actions_SHKA: torch.Tensor, generator: torch.Generator | None = None) -> Imagination:
         """Simulate S action sequences float32 [S, H, K, A]; the generator is not used, the simulator is exact."""
         futures = self._simulate(actions_SHKA, render=self.tokenize is not None)
+        return self._imagination(futures)
+
+    def foresee(
+        self, actions_HKA: torch.Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Imagination, Frames]:
+        """One future to look at: its imagination (S = 1) and its frames, camera -> uint8 [H, height, width, 3]."""
+        [future] = self._simulate(actions_HKA[None], render=True)
+        cameras = future[0].observation.frames
+        frames = {camera: np.stack([step.observation.frames[camera] for step in future]) for camera in cameras}
+        return self._imagination([future]), frames
+
+    def _imagination(self, futures: list[list[Transition]]) -> Imagination:
         tokens = None
         if self.tokenize is not None:
             tokens = torch.stack(
                 [torch.stack([self.tokenize(step.observation.frames) for step in future]) for future in futures]
             )
+        proprio = np.array([[step.observation.proprio for step in future] for future in futures], np.float32)
         return Imagination(
             tokens_SHN=tokens,
-            proprio_SHP=torch.from_numpy(
-                np.array([[step.observation.proprio for step in future] for future in futures], dtype=np.float32)
-            ),
+            proprio_SHP=torch.from_numpy(proprio),
             reward_SH=torch.tensor([[float(step.rewards_K[-1]) for step in future] for future in futures]),
             success_SH=torch.tensor([[float(step.success) for step in future] for future in futures]),
         )
-
-    def replay(self, actions_HKA: torch.Tensor) -> list[Transition]:
-        """What one action sequence leads to, with frames, for looking at."""
-        return self._simulate(actions_HKA[None], render=True)[0]
 
     def _simulate(self, actions_SHKA: torch.Tensor, *, render: bool) -> list[list[Transition]]:
         plans = actions_SHKA.detach().cpu().numpy().astype(np.float32, copy=False)

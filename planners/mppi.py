@@ -16,8 +16,8 @@ from emu_embodied.records import Plan
 class MPPIConfig(SearchConfig):
     """Settings of ``MPPI``."""
 
-    elites: int = 16
-    """Cheapest candidates that are weighted; the others count for nothing."""
+    elite_share: float = 0.25
+    """Share of ``samples`` that is weighted, the cheapest ones; the others count for nothing."""
     temperature: float = 0.5
     """Sharpness of the weights [standard deviations of the elites' costs], so that no objective needs its own."""
     min_std: float = 0.05
@@ -27,10 +27,15 @@ class MPPIConfig(SearchConfig):
 
     def __post_init__(self) -> None:
         SearchConfig.__post_init__(self)
-        if not 1 <= self.elites <= self.samples:
-            raise ValueError(f"elites must be between 1 and samples={self.samples}, got {self.elites}")
+        if not 0.0 < self.elite_share <= 1.0:
+            raise ValueError(f"elite_share must be in (0, 1], got {self.elite_share}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+
+    @property
+    def elites(self) -> int:
+        """Number of elites."""
+        return max(1, round(self.elite_share * self.samples))
 
 
 class MPPI:

@@ -1,15 +1,17 @@
-"""Planners by name."""
+"""Planners and objectives by name."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
 from emu_embodied.planners.cem import CEM, CEMConfig
 from emu_embodied.planners.mppi import MPPI, MPPIConfig
+from emu_embodied.planners.objectives import PredictedReward, PredictedSuccess, WeightedSum
 from emu_embodied.planners.sampling import PlanSpace, SearchConfig
 from emu_embodied.planners.shooting import RandomShooting
-from emu_embodied.protocols import Planner
+from emu_embodied.protocols import Objective, Planner
 
 PLANNERS: dict[str, tuple[type[SearchConfig], type[Any]]] = {
     "cem": (CEMConfig, CEM),
@@ -25,9 +27,31 @@ def make_planner(name: str, space: PlanSpace, **settings: Any) -> Planner:
     Raises:
         ValueError: for an unknown name (the nearest one is named) or setting.
     """
-    if name not in PLANNERS:
-        near = get_close_matches(name, PLANNERS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown planner {name!r}: {hint}known are {', '.join(PLANNERS)}")
+    _check_known(name, PLANNERS, "planner")
     config_class, planner_class = PLANNERS[name]
     return planner_class(space, config_class(**settings))
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "reward": PredictedReward(last_weight=2.0),
+    "success": PredictedSuccess(),
+    "both": WeightedSum(((1.0, PredictedReward(last_weight=2.0)), (1.0, PredictedSuccess()))),
+}
+"""Name -> objective that needs no goal."""
+
+
+def find_objective(name: str) -> Objective:
+    """An objective by name.
+
+    Raises:
+        ValueError: for an unknown name; the nearest one is named.
+    """
+    _check_known(name, OBJECTIVES, "objective")
+    return OBJECTIVES[name]
+
+
+def _check_known(name: str, known: Mapping[str, Any], kind: str) -> None:
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown {kind} {name!r}: {hint}known are {', '.join(known)}")

@@ -47,25 +47,31 @@ class PointMass:
         Field("goal_y", "m", -1.0, 1.0),
     )
 
-    def __init__(self, budget: int = 60):
+    block = 5
+    cameras = ("front",)
+    image_size = PIXELS
+    env_id = "PointMass-v0"
+
+    def __init__(self, max_episode_steps: int = 60):
         self.action_space = SimpleNamespace(shape=(2,))
-        self.spec = SimpleNamespace(id="PointMass-v0", max_episode_steps=budget)
-        self.budget = budget
+        self.max_episode_steps = max_episode_steps
         self.rendered = 0
         self.fail_at: int | None = None
         self.reset(seed=0)
 
-    @property
-    def unwrapped(self) -> PointMass:
-        return self
+    def close(self) -> None: ...
+
+    def reward(self) -> float:
+        return float(reward_of(self.state.position, self.state.goal))
+
+    def success(self) -> bool:
+        return bool(np.linalg.norm(self.state.position - self.state.goal) < REACHED)
 
     def reset(self, *, seed: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         rng = np.random.default_rng(seed)
         angle = rng.uniform(0, 2 * np.pi)
         self.state = State(np.zeros(2), 0.7 * np.array([np.cos(angle), np.sin(angle)]), 0)
         return {}, {}
-
-    def close(self) -> None: ...
 
     def snapshot(self) -> State:
         return self.state
@@ -86,15 +92,15 @@ class PointMass:
                 raise RuntimeError("the simulator broke")
             position = np.clip(self.state.position + STEP * np.clip(action, -1, 1), -1, 1)
             self.state = replace(self.state, position=position, steps=self.state.steps + 1)
-            rewards.append(reward_of(position, self.state.goal))
-            successes.append(bool(np.linalg.norm(position - self.state.goal) < REACHED))
+            rewards.append(self.reward())
+            successes.append(self.success())
         return Transition(
             observation=self.observe(render=render),
             rewards_K=np.array(rewards, np.float32),
             terms={"reach": float(rewards[-1])},
             success=successes[-1],
             success_any=any(successes),
-            truncated=self.state.steps >= self.budget,
+            truncated=self.state.steps >= self.max_episode_steps,
         )
 
 
@@ -151,3 +157,7 @@ class PointMassModel:
     def render(self, imagination: Imagination, plans: Sequence[int], horizons: Sequence[int]) -> Frames:
         proprio = imagination.proprio_SHP.numpy()
         return {"front": np.stack([[draw(proprio[s, h, :2], proprio[s, h, 2:]) for h in horizons] for s in plans])}
+
+
+def make_point_mass(env_id: str) -> PointMass:
+    return PointMass()

@@ -58,8 +58,12 @@ def test_both_dynamics_agree_when_the_model_is_exact(simulator, actions_SHKA):
     assert torch.allclose(*costs, atol=1e-5)
 
 
-def test_replay_draws(simulator, actions_SHKA):
+def test_both_dynamics_foresee_the_same_pictures(simulator, actions_SHKA):
     before = simulator.snapshot()
-    steps = TrueDynamics(simulator).replay(actions_SHKA[0])
-    assert len(steps) == 4 and all("front" in step.observation.frames for step in steps)
+    model = PointMassModel()
+    imagined, drawn = ImaginedDynamics(model, model.observe([simulator.observe()])).foresee(actions_SHKA[0] * 0.5)
+    true, real = TrueDynamics(simulator).foresee(actions_SHKA[0] * 0.5)
+    assert drawn["front"].shape == real["front"].shape == (4, 32, 32, 3)
+    assert np.array_equal(drawn["front"], real["front"])
+    assert torch.allclose(imagined.reward_SH, true.reward_SH, atol=1e-5)
     assert simulator.snapshot() is before

@@ -155,11 +155,11 @@ def test_unknown_planner_names_the_nearest():
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"elites": 100}, "elites must be between 1 and samples=64"),
+        ({"elite_share": 1.5}, r"elite_share must be in \(0, 1\]"),
         ({"correlation": 1.0}, r"correlation must be in \[0, 1\)"),
         ({"samples": 0}, "samples and iterations"),
         ({"momentum": 1.0}, "momentum"),
-        ({"kept_elites": 9}, "kept_elites"),
+        ({"kept_elites": -1}, "kept_elites"),
         ({"init_std": 0.0}, "init_std"),
     ],
 )
@@ -188,6 +188,11 @@ def test_noise_has_unit_variance_and_the_asked_correlation(correlation):
     assert torch.allclose(noise_SMA.std(dim=0), torch.ones(6, 2), atol=0.03)
     neighbours = (noise_SMA[:, 1:] * noise_SMA[:, :-1]).mean(dim=0)
     assert torch.allclose(neighbours, torch.full((5, 2), correlation), atol=0.03)
+
+
+def test_smallest_search(planner):
+    tiny = make_planner(next(n for n, (_, c) in PLANNERS.items() if c is type(planner)), SPACE, samples=1, iterations=1)
+    assert torch.equal(tiny.plan(quadratic, None, seeded()).actions_HKA, torch.zeros(4, 5, 3))
 
 
 def test_shift_repeats_the_last_block():

@@ -1,0 +1,306 @@
+"""How often a policy succeeds: many episodes, several processes, one row of a table with its interval."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from emu_embodied.files import write_json
+from emu_embodied.metrics.intervals import wilson
+from emu_embodied.policies.episode import EpisodeSimulator, run_episode
+from emu_embodied.policies.registry import PolicySpec
+from emu_embodied.protocols import Policy
+from emu_embodied.provenance import meta_dict
+from emu_embodied.records import Meta
+
+MakeSimulator = Callable[[str], EpisodeSimulator]
+"""Environment id -> simulator. Crosses into worker processes, so it must be a function of a module."""
+
+MakePolicy = Callable[[EpisodeSimulator, int], Policy]
+"""Simulator and seed -> the policy of one episode, e.g. ``PolicySpec(name="true").build``. Picklable, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeResult:
+    """What came of one episode."""
+
+    seed: int
+    """Reset seed."""
+    success: bool
+    """Whether any env step solved the task."""
+    episode_return: float
+    """See ``EpisodeTrace``."""
+    decisions: int
+    """Action blocks asked of the policy."""
+    act_seconds: float
+    """Wall time of all of them [s]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchRow:
+    """One policy in one environment."""
+
+    env: str
+    """Environment id."""
+    policy: str
+    """Name of the policy."""
+    episodes: int
+    """Number of episodes."""
+    success: float
+    """Share of the episodes in which any env step solved the task; an episode ends there."""
+    ci95: tuple[float, float]
+    """Wilson 95 % interval of ``success``."""
+    return_mean: float
+    """Mean sum of env-step rewards over the whole step budget; after a success the solved state's reward counts on."""
+    seconds_per_action: float
+    """Wall time of ``policy.act`` per decision, that is per action block, on one thread [s]."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What else determines the row (first seed, weights, budget ...): it is reused only where all of it agrees."""
+
+
+@dataclass(slots=True)
+class _Worker:
+    """What an evaluating process keeps from episode to episode."""
+
+    env_id: str
+    simulator: EpisodeSimulator
+    make_policy: MakePolicy
+    render: bool
+
+    def run(self, seed: int) -> EpisodeResult:
+        policy = self.make_policy(self.simulator, seed)
+        trace = run_episode(self.simulator, policy, seed=seed, env_id=self.env_id, render=self.render)
+        return EpisodeResult(
+            seed=seed,
+            success=trace.success,
+            episode_return=trace.episode_return,
+            decisions=len(trace),
+            act_seconds=float(trace.act_seconds_T.sum()),
+        )
+
+
+_worker: _Worker | None = None
+"""Set once in every worker process."""
+
+
+def _start_worker(env_id: str, make_simulator: MakeSimulator, make_policy: MakePolicy, render: bool) -> None:
+    global _worker
+    os.environ["LP_NUM_THREADS"] = "0"  # the software renderer draws on the calling thread
+    torch.set_num_threads(1)
+    _worker = _Worker(env_id, make_simulator(env_id), make_policy, render)
+
+
+def _run_in_worker(seed: int) -> EpisodeResult:
+    assert _worker is not None
+    return _worker.run(seed)
+
+
+def run_episodes(
+    env_id: str,
+    make_policy: MakePolicy,
+    *,
+    seeds: Sequence[int],
+    make_simulator: MakeSimulator,
+    render: bool = True,
+    workers: int = 1,
+    label: str = "",
+) -> list[EpisodeResult]:
+    """Run one episode per seed, in the order of the seeds whatever the number of workers.
+
+    Args:
+        env_id: environment id.
+        make_policy: makes the policy of an episode.
+        seeds: reset seeds; the policy of an episode is seeded alike.
+        make_simulator: makes the simulator, once per process.
+        render: draw every state; policies that look at nothing are quicker without.
+        workers: processes of one thread each; 1 runs in this one.
+        label: what the progress bar says.
+    """
+    workers = min(workers, len(seeds))
+    if workers > 1:
+        finished = _in_processes(seeds, workers, (env_id, make_simulator, make_policy, render))
+    else:
+        finished = _in_this_process(seeds, env_id, make_simulator, make_policy, render)
+    results: dict[int, EpisodeResult] = {}
+    succeeded = 0
+    with tqdm(total=len(seeds), desc=label or env_id, unit="episode") as progress:
+        for result in finished:
+            results[result.seed] = result
+            succeeded += result.success
+            progress.set_postfix(success=f"{succeeded}/{len(results)}", refresh=False)
+            progress.update()
+    return [results[seed] for seed in seeds]
+
+
+def _in_this_process(
+    seeds: Sequence[int], env_id: str, make_simulator: MakeSimulator, make_policy: MakePolicy, render: bool
+) -> Iterator[EpisodeResult]:
+    with closing(make_simulator(env_id)) as simulator:
+        worker = _Worker(env_id, simulator, make_policy, render)
+        for seed in seeds:
+            yield worker.run(seed)
+
+
+def _in_processes(seeds: Sequence[int], workers: int, start: tuple[Any, ...]) -> Iterator[EpisodeResult]:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=start)
+    try:
+        waiting: list[Future[EpisodeResult]] = [pool.submit(_run_in_worker, seed) for seed in seeds]
+        for done in as_completed(waiting):
+            yield done.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def summarise(
+    env_id: str, policy: str, results: Sequence[EpisodeResult], settings: dict[str, Any] | None = None
+) -> BenchRow:
+    """The row of these episodes.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not results:
+        raise ValueError("a row needs at least one episode: give --episodes 1 or more")
+    succeeded = sum(result.success for result in results)
+    decisions = sum(result.decisions for result in results)
+    return BenchRow(
+        env=env_id,
+        policy=policy,
+        episodes=len(results),
+        success=succeeded / len(results),
+        ci95=wilson(succeeded, len(results)),
+        return_mean=sum(result.episode_return for result in results) / len(results),
+        seconds_per_action=sum(result.act_seconds for result in results) / decisions,
+        settings=settings or {},
+    )
+
+
+def bench(
+    env_ids: Iterable[str],
+    specs: Iterable[PolicySpec],
+    *,
+    episodes: int,
+    seed: int,
+    make_simulator: MakeSimulator,
+    workers: int = 1,
+    kept: Sequence[BenchRow] = (),
+    on_row: Callable[[list[BenchRow]], None] | None = None,
+) -> list[BenchRow]:
+    """One row for every environment and policy.
+
+    Args:
+        env_ids: environments.
+        specs: policies.
+        episodes: number of episodes of a row, with reset seeds ``seed``, ``seed + 1`` ...
+        seed: first reset seed.
+        make_simulator: makes the simulator of an id, in the processes that run it.
+        workers: processes of one thread each.
+        kept: rows of an earlier run; one with the same settings is taken instead of running it again.
+        on_row: called with all rows so far after each new one, to save them.
+    """
+    specs = tuple(specs)
+    rows: list[BenchRow] = []
+    for env_id in env_ids:
+        for spec in specs:
+            settings = _settings(spec, seed)
+            same = [
+                row
+                for row in kept
+                if (row.env, row.policy, row.episodes, row.settings) == (env_id, spec.name, episodes, settings)
+            ]
+            if same:
+                rows.append(same[0])
+                continue
+            results = run_episodes(
+                env_id,
+                spec.build,
+                seeds=range(seed, seed + episodes),
+                make_simulator=make_simulator,
+                render=spec.imagines,
+                workers=workers,
+                label=f"{env_id} {spec.name}",
+            )
+            rows.append(summarise(env_id, spec.name, results, settings))
+            if on_row is not None:
+                on_row(list(rows))
+    return rows
+
+
+def _settings(spec: PolicySpec, seed: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {"seed": seed}
+    if spec.plans:
+        settings |= {"objective": spec.objective, "budget": asdict(spec.budget)}
+        if spec.name != "shooting":
+            settings["planner"] = spec.planner
+    if spec.imagines:
+        settings["weights"] = weights_hash(spec.checkpoint)
+    return settings
+
+
+def weights_hash(checkpoint: str) -> str:
+    """What the files of a checkpoint's networks hash to: a folder trained anew is another checkpoint."""
+    from emu_embodied.world_model import checkpoint_folder  # slow to import, and most workers need none
+
+    digest = hashlib.sha256()
+    for file in sorted(checkpoint_folder(checkpoint).rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_results(path: Path, rows: Sequence[BenchRow], meta: Meta) -> None:
+    """Write ``{"rows": [...], "meta": {...}}``."""
+    write_json(path, {"rows": [asdict(row) for row in rows], "meta": meta_dict(meta)})
+
+
+def read_results(path: Path) -> list[BenchRow]:
+    """Read the rows that ``write_results`` wrote.
+
+    Raises:
+        ValueError: if the file holds something else.
+    """
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        return [BenchRow(**{**row, "ci95": tuple(row["ci95"])}) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no benchmark results ({error!r}); give another file") from error
+
+
+def format_table(rows: Sequence[BenchRow]) -> str:
+    """The rows as a Markdown table, columns aligned."""
+    header = ("environment", "policy", "episodes", "success", "95 % interval", "return", "s / decision")
+    cells = [header] + [
+        (
+            row.env,
+            row.policy,
+            str(row.episodes),
+            f"{100 * row.success:.0f} %",
+            f"{100 * row.ci95[0]:.0f} to {100 * row.ci95[1]:.0f} %",
+            f"{row.return_mean:.1f}",
+            f"{row.seconds_per_action:.3f}",
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    left = 2  # names to the left, numbers to the right
+
+    def line(texts: Sequence[str]) -> str:
+        aligned = [
+            text.ljust(width) if column < left else text.rjust(width)
+            for column, (text, width) in enumerate(zip(texts, widths, strict=True))
+        ]
+        return f"| {' | '.join(aligned)} |"
+
+    rule = [("-" * width if column < left else "-" * (width - 1) + ":") for column, width in enumerate(widths)]
+    return "\n".join([line(cells[0]), line(rule), *(line(texts) for texts in cells[1:])])

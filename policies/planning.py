@@ -1,0 +1,206 @@
+"""A policy that searches at every decision, over the learned model or over the true simulator."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from emu_embodied.planners.dynamics import ImaginedDynamics, TrueDynamics, evaluator
+from emu_embodied.planners.sampling import shift
+from emu_embodied.protocols import Objective, Planner, Simulator, WorldModel
+from emu_embodied.records import Observation
+from emu_embodied.viz.trace import Decision, Future
+
+
+class DynamicsSource(Protocol):
+    """Follows an episode and gives the dynamics from its present state."""
+
+    lasting: bool
+    """Whether dynamics given earlier still start from their own state when the episode has gone on."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where imagination draws its random numbers."""
+        ...
+
+    def reset(self, observation: Observation) -> None:
+        """An episode starts."""
+        ...
+
+    def advance(self, action_KA: np.ndarray, observation: Observation) -> None:
+        """A block was executed and led to ``observation``."""
+        ...
+
+    def dynamics(self) -> ImaginedDynamics | TrueDynamics:
+        """Dynamics from the present state."""
+        ...
+
+
+class ImaginedSource:
+    """The learned model: keeps the belief and appends to it what really happened."""
+
+    lasting = True
+
+    def __init__(self, world_model: WorldModel):
+        self.world_model = world_model
+        self._dynamics: ImaginedDynamics | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return torch.device(getattr(self.world_model, "device", "cpu"))
+
+    def reset(self, observation: Observation) -> None:
+        """Observe the first state."""
+        self._dynamics = ImaginedDynamics(self.world_model, self.world_model.observe([observation]))
+
+    def advance(self, action_KA: np.ndarray, observation: Observation) -> None:
+        """Extend the belief."""
+        belief = self.world_model.extend(self.dynamics().belief, action_KA, observation)
+        self._dynamics = ImaginedDynamics(self.world_model, belief)
+
+    def dynamics(self) -> ImaginedDynamics:
+        """Imagination from the present belief.
+
+        Raises:
+            ValueError: before the first ``reset``.
+        """
+        if self._dynamics is None:
+            raise ValueError("reset the policy with the first observation before it acts")
+        return self._dynamics
+
+
+class TrueSource:
+    """The simulator that the episode runs in; candidates are tried in it and undone."""
+
+    lasting = False
+
+    def __init__(self, simulator: Simulator):
+        self._dynamics = TrueDynamics(simulator)
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU: a simulator draws nothing."""
+        return torch.device("cpu")
+
+    def reset(self, observation: Observation) -> None:
+        """Nothing to follow: the simulator is the state."""
+
+    def advance(self, action_KA: np.ndarray, observation: Observation) -> None:
+        """Nothing to follow: the simulator is the state."""
+
+    def dynamics(self) -> TrueDynamics:
+        """The simulator from the state it is in."""
+        return self._dynamics
+
+
+class PlanningPolicy:
+    """Plans, executes the first blocks of the plan, and starts the next search from what is left of it.
+
+    Args:
+        planner: searches.
+        objective: what it searches for.
+        source: what candidates are evaluated with.
+        seed: of all random numbers; every episode starts from it, so the same episode gives the same actions.
+        replan_every: blocks of a plan that are executed before the next search.
+        record: keep what each plan was expected to lead to, and what the model foretells of the executed actions
+            (``decisions`` and ``hindsight``), with frames. Costs a few more imagined futures, none of them counted in
+            ``Decision.seconds``.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        objective: Objective,
+        source: DynamicsSource,
+        *,
+        seed: int = 0,
+        replan_every: int = 1,
+        record: bool = False,
+    ):
+        if replan_every < 1:
+            raise ValueError(f"replan_every must be at least 1 block, got {replan_every}")
+        self.planner = planner
+        self.objective = objective
+        self.source = source
+        self.seed = seed
+        self.replan_every = replan_every
+        self.record = record
+        self.decisions: list[Decision] = []
+        self.hindsight: list[Future] = []
+        self._search_generator = torch.Generator()
+        self._model_generator = torch.Generator(source.device)
+        self._executed: list[np.ndarray] = []
+        self._anchor: tuple[int, ImaginedDynamics | TrueDynamics] | None = None
+
+    def reset(self, observation: Observation) -> None:
+        """Start an episode."""
+        self.decisions, self.hindsight, self._executed, self._anchor = [], [], [], None
+        self._search_generator.manual_seed(self.seed)
+        self._model_generator.manual_seed(self.seed)
+        self.source.reset(observation)
+
+    def act(self, observation: Observation) -> np.ndarray:
+        """The next block float32 [K, A]; the one returned before is taken to have led to ``observation``."""
+        if self._executed:
+            self.source.advance(self._executed[-1], observation)
+        block = len(self._executed)
+        if not self.decisions or block - self.decisions[-1].block >= self._blocks_per_plan():
+            self._decide(block)
+        plan = self.decisions[-1].plan
+        action_KA = plan.actions_HKA[block - self.decisions[-1].block].cpu().numpy()
+        self._executed.append(action_KA)
+        return action_KA
+
+    def finish(self) -> None:
+        """The episode is over: complete the record."""
+        if self._anchor is not None and self._anchor[0] < len(self._executed):
+            start, dynamics = self._anchor
+            self.hindsight.append(self._foresee(dynamics, start, self._executed[start:]))
+        self._anchor = None
+
+    def _blocks_per_plan(self) -> int:
+        return min(self.replan_every, len(self.decisions[-1].plan.actions_HKA))
+
+    def _decide(self, block: int) -> None:
+        began = time.perf_counter()
+        dynamics = self.source.dynamics()
+        warm_start = None
+        if self.decisions:
+            previous = self.decisions[-1]
+            warm_start = shift(previous.plan.actions_HKA, block - previous.block)
+        evaluate = evaluator(dynamics, self.objective, self._model_generator)
+        plan = self.planner.plan(evaluate, warm_start, self._search_generator)
+        seconds = time.perf_counter() - began
+        future = None
+        if self.record:
+            future = self._foresee(dynamics, block, list(plan.actions_HKA.cpu().numpy()))
+            self._remember(dynamics, block, len(plan.actions_HKA))
+        self.decisions.append(Decision(block, plan, seconds, future))
+
+    def _remember(self, dynamics: ImaginedDynamics | TrueDynamics, block: int, horizon: int) -> None:
+        """Let one stretch of hindsight end here and the next begin, once it is as long as a plan."""
+        if not self.source.lasting:
+            return
+        if self._anchor is not None and block - self._anchor[0] >= horizon:
+            self.finish()
+        if self._anchor is None:
+            self._anchor = (block, dynamics)
+
+    def _foresee(self, dynamics: ImaginedDynamics | TrueDynamics, start: int, actions: Sequence[np.ndarray]) -> Future:
+        actions_HKA = np.stack(actions)
+        # Its own generator, so that recording an episode does not change it.
+        generator = torch.Generator(self.source.device).manual_seed(self.seed)
+        imagination, frames = dynamics.foresee(torch.from_numpy(actions_HKA), generator)
+        return Future(
+            start=start,
+            actions_HKA=actions_HKA,
+            frames=frames,
+            proprio_HP=imagination.proprio_SHP[0].cpu().numpy(),
+            reward_H=imagination.reward_SH[0].float().cpu().numpy(),
+            success_H=imagination.success_SH[0].float().cpu().numpy(),
+        )

@@ -1,0 +1,194 @@
+"""Policies by name, and the one budget that all planning policies share."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from emu_embodied.planners.registry import find_objective, make_planner
+from emu_embodied.planners.sampling import PlanSpace
+from emu_embodied.policies.episode import EpisodeSimulator
+from emu_embodied.policies.planning import DynamicsSource, ImaginedSource, PlanningPolicy, TrueSource
+from emu_embodied.policies.random import RandomPolicy
+from emu_embodied.protocols import Policy, WorldModel
+
+POLICIES: dict[str, str] = {
+    "random": "uniformly random blocks",
+    "scripted": "the task's state machine, which sees the true state",
+    "shooting": "random shooting in imagination: the same candidates to spend, no refinement",
+    "imagined": "a planner in imagination",
+    "true": "the same planner in the true simulator: what a perfect model would give",
+}
+"""Name -> what it is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanningBudget:
+    """What a search may cost: one budget for shooting, imagined and true, so that their rows can be compared."""
+
+    samples: int = 64
+    """Candidates per iteration."""
+    iterations: int = 3
+    """Iterations per decision; shooting spends them on fresh candidates."""
+    horizon: int = 4
+    """Length of a plan [blocks]."""
+    knots_per_block: int = 1
+    """Free actions per block; each is held for its share of the block."""
+    replan_every: int = 1
+    """Blocks of a plan that are executed before the next search [blocks]."""
+    init_std: float = 0.6
+    """Standard deviation of the first candidates [action units; the box is 2 wide]."""
+    correlation: float = 0.5
+    """Correlation of neighbouring knots' noise, in [0, 1)."""
+
+    @property
+    def evaluations(self) -> int:
+        """Candidate futures per decision."""
+        return self.samples * self.iterations
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicySpec:
+    """A policy and all it needs, small enough to cross into worker processes, which build their own."""
+
+    name: str = "imagined"
+    """One of ``POLICIES``."""
+    checkpoint: str = "nano"
+    """World model of the imagining policies: a shipped name or a folder."""
+    planner: str = "cem"
+    """Planner of ``imagined`` and ``true``: cem, mppi or shooting."""
+    objective: str = "reward"
+    """What planning policies search for: reward, success or both."""
+    budget: PlanningBudget = field(default_factory=PlanningBudget)
+    """What a search may cost."""
+    device: str = "cpu"
+    """Device of the world model."""
+
+    def __post_init__(self) -> None:
+        if self.name not in POLICIES:
+            near = get_close_matches(self.name, POLICIES, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown policy {self.name!r}: {hint}known are {', '.join(POLICIES)}")
+
+    @property
+    def plans(self) -> bool:
+        """Whether it searches."""
+        return self.name in ("shooting", "imagined", "true")
+
+    @property
+    def imagines(self) -> bool:
+        """Whether it needs a world model."""
+        return self.name in ("shooting", "imagined")
+
+    def build(self, simulator: EpisodeSimulator, seed: int) -> Policy:
+        """The policy for one episode; the world model is loaded once in a process.
+
+        Raises:
+            ValueError: if the checkpoint cannot be loaded or was made for another embodiment.
+        """
+        world_model = None
+        if self.imagines:
+            world_model = _load_world_model(self.checkpoint, self.device)
+            check_fits(world_model, simulator)
+        return make_policy(self, simulator, seed=seed, world_model=world_model)
+
+
+def make_policy(
+    spec: PolicySpec,
+    simulator: EpisodeSimulator,
+    *,
+    seed: int = 0,
+    world_model: WorldModel | None = None,
+    record: bool = False,
+) -> Policy:
+    """Make a policy for a simulator.
+
+    Args:
+        spec: which policy; its checkpoint is not looked at.
+        simulator: where it will act; has ``block`` and ``action_space``.
+        seed: of all its random numbers.
+        world_model: what ``shooting`` and ``imagined`` imagine with.
+        record: keep what a planning policy imagined (see ``PlanningPolicy``).
+
+    Raises:
+        ValueError: if a world model is needed and missing, or has another block size than the simulator.
+    """
+    action_dim = simulator.action_space.shape[0]
+    if spec.name == "random":
+        # Not the bare seed: an environment draws its scene from that stream, and a policy must not follow it.
+        return RandomPolicy(simulator.block, action_dim, np.random.default_rng([seed, 1]))
+    if spec.name == "scripted":
+        from emu_embodied.policies.scripted import ScriptedPolicy  # knows the built-in tasks, and brings their engines
+
+        return ScriptedPolicy(simulator)
+    source: DynamicsSource = TrueSource(simulator)
+    if spec.imagines:
+        if world_model is None:
+            raise ValueError(f"the {spec.name} policy needs a world model: give a checkpoint")
+        if world_model.block != simulator.block:
+            raise ValueError(
+                f"the world model has blocks of {world_model.block} env steps, the environment of {simulator.block}"
+            )
+        source = ImaginedSource(world_model)
+    budget = spec.budget
+    space = PlanSpace(
+        horizon=budget.horizon,
+        block=simulator.block,
+        action_dim=action_dim,
+        knots_per_block=budget.knots_per_block,
+    )
+    planner = make_planner(
+        "shooting" if spec.name == "shooting" else spec.planner,
+        space,
+        samples=budget.samples,
+        iterations=budget.iterations,
+        init_std=budget.init_std,
+        correlation=budget.correlation,
+    )
+    return PlanningPolicy(
+        planner,
+        find_objective(spec.objective),
+        source,
+        seed=seed,
+        replan_every=budget.replan_every,
+        record=record,
+    )
+
+
+def check_fits(world_model: Any, simulator: EpisodeSimulator) -> None:
+    """Refuse a world model that was made for another embodiment than the simulator's.
+
+    Raises:
+        ValueError: naming both values of what differs.
+    """
+    config = world_model.config
+    pairs = {
+        "action dimensions": (config.action_dim, simulator.action_space.shape[0]),
+        "env steps in a block": (config.block, simulator.block),
+        "proprio fields": ([f.name for f in config.proprio], [f.name for f in simulator.proprio_fields]),
+        "pixels a side": (config.image_size, simulator.image_size),
+    }
+    for what, (trained, given) in pairs.items():
+        if trained != given:
+            raise ValueError(f"the checkpoint does not fit {simulator.env_id}, {what}: {trained} against {given}")
+    missing = [camera for camera in config.cameras if camera not in simulator.cameras]
+    if missing:
+        raise ValueError(
+            f"the checkpoint does not fit {simulator.env_id}, cameras: it reads {', '.join(config.cameras)}, "
+            f"the environment draws {', '.join(simulator.cameras)}"
+        )
+    if simulator.env_id not in config.env_ids:
+        trained_on = ", ".join(config.env_ids)
+        warnings.warn(f"{simulator.env_id} is not among what the checkpoint was trained on: {trained_on}", stacklevel=2)
+
+
+@lru_cache(maxsize=2)
+def _load_world_model(checkpoint: str, device: str) -> WorldModel:
+    from emu_embodied.world_model import WorldModel as TrainedWorldModel
+
+    return TrainedWorldModel.from_pretrained(checkpoint, device=device)

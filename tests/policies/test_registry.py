@@ -1,0 +1,88 @@
+from types import SimpleNamespace
+
+import pytest
+
+from emu_embodied.planners.cem import CEM
+from emu_embodied.planners.mppi import MPPI
+from emu_embodied.planners.shooting import RandomShooting
+from emu_embodied.policies.episode import run_episode
+from emu_embodied.policies.registry import POLICIES, PlanningBudget, PolicySpec, check_fits, make_policy
+from tests.point_mass import PointMass, PointMassModel
+
+BUDGET = PlanningBudget(samples=16, iterations=2, horizon=3)
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"scripted"}))
+def test_every_policy_acts_and_is_seeded(name):
+    simulator = PointMass()
+    spec = PolicySpec(name=name, budget=BUDGET)
+    runs = [
+        run_episode(simulator, make_policy(spec, simulator, seed=seed, world_model=PointMassModel()), seed=2)
+        for seed in (0, 0, 1)
+    ]
+    assert runs[0].actions_TKA.shape[1:] == (5, 2)
+    assert runs[0].actions_TKA.tobytes() == runs[1].actions_TKA.tobytes() != runs[2].actions_TKA.tobytes()
+
+
+def test_controls_spend_what_the_planner_spends():
+    simulator = PointMass()
+    spent = set()
+    for name, planner in (("shooting", RandomShooting), ("imagined", CEM), ("true", CEM)):
+        policy = make_policy(PolicySpec(name=name, budget=BUDGET), simulator, world_model=PointMassModel())
+        assert isinstance(policy.planner, planner)
+        assert policy.planner.space.horizon == 3
+        trace = run_episode(simulator, policy, seed=0)
+        spent |= {decision.plan.evaluations for decision in trace.decisions}
+    assert spent == {BUDGET.evaluations} == {32}
+
+
+def test_another_planner():
+    simulator = PointMass()
+    spec = PolicySpec(name="true", planner="mppi")
+    assert isinstance(make_policy(spec, simulator).planner, MPPI)
+
+
+def test_unknown_names_get_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'imagined'"):
+        PolicySpec(name="imagine")
+    with pytest.raises(ValueError, match="did you mean 'success'"):
+        make_policy(PolicySpec(name="true", objective="succes"), PointMass())
+    with pytest.raises(ValueError, match="did you mean 'mppi'"):
+        make_policy(PolicySpec(name="true", planner="mpi"), PointMass())
+
+
+def test_a_world_model_is_needed_and_must_fit():
+    with pytest.raises(ValueError, match="needs a world model"):
+        make_policy(PolicySpec(name="imagined"), PointMass())
+    model = PointMassModel()
+    model.block = 4
+    with pytest.raises(ValueError, match="blocks of 4 env steps, the environment of 5"):
+        make_policy(PolicySpec(name="imagined"), PointMass(), world_model=model)
+
+
+def config(**changes) -> SimpleNamespace:
+    fitting = {
+        "action_dim": 2,
+        "block": 5,
+        "proprio": PointMass.proprio_fields,
+        "image_size": 32,
+        "cameras": ("front",),
+        "env_ids": ("PointMass-v0",),
+    }
+    return SimpleNamespace(config=SimpleNamespace(**(fitting | changes)))
+
+
+def test_checkpoints_of_another_embodiment_are_refused():
+    simulator = PointMass()
+    check_fits(config(), simulator)
+    for changes, message in (
+        ({"action_dim": 4}, "action dimensions: 4 against 2"),
+        ({"block": 3}, "env steps in a block: 3 against 5"),
+        ({"image_size": 64}, "pixels a side: 64 against 32"),
+        ({"proprio": PointMass.proprio_fields[:2]}, "proprio fields"),
+        ({"cameras": ("front", "wrist")}, "it reads front, wrist, the environment draws front"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_fits(config(**changes), simulator)
+    with pytest.warns(UserWarning, match="PointMass-v0 is not among"):
+        check_fits(config(env_ids=("PandaPush-v0",)), simulator)

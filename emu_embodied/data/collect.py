@@ -17,7 +17,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import accumulate
 from multiprocessing.connection import Connection, wait
@@ -51,8 +51,6 @@ class CollectConfig:
     """Processes; does not change what is recorded."""
     seed: int = 0
     """Run seed. Environment seeds are 32-bit hashes of it, so small seeds stay free for evaluation."""
-    block: int = 5
-    """K, env steps in one action block [env steps]."""
     mixture: dict[str, float] = field(
         default_factory=lambda: {"expert": 0.25, "noisy": 0.35, "random": 0.2, "play": 0.2}
     )
@@ -67,7 +65,7 @@ class CollectConfig:
         """What determines the bytes of every episode."""
         total = sum(self.mixture.values())
         mixture = {name: share / total for name, share in self.mixture.items()}
-        return {"env_ids": list(self.env_ids), "seed": self.seed, "block": self.block, "mixture": mixture}
+        return {"env_ids": list(self.env_ids), "seed": self.seed, "mixture": mixture}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +159,7 @@ def collect(
 def _check(config: CollectConfig, behaviours: Mapping[str, BehaviourFactory]) -> None:
     if not config.env_ids or len(set(config.env_ids)) < len(config.env_ids):
         raise ValueError(f"--env needs one or more different environment ids, got {config.env!r}")
-    for name, value in (("episodes", config.episodes), ("workers", config.workers), ("block", config.block)):
+    for name, value in (("episodes", config.episodes), ("workers", config.workers)):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     if config.seed < 0:
@@ -233,12 +231,13 @@ def _workers(
     chosen = {name: behaviours[name] for name in config.mixture}
     crew: list[_Worker] = []
     before = {name: os.environ.get(name) for name in _THREAD_LIMITS}
-    # Libraries read these once, when a worker first imports them. The workers are the parallelism: one thread each.
+    # Libraries read these once, when a worker first imports them. The workers are the parallelism: one thread each,
+    # for Mesa's software renderer too (LP_), whose threads otherwise halve the speed of two workers on two cores.
     os.environ.update(dict.fromkeys(_THREAD_LIMITS, "1"))
     try:
         for _ in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, simulators, chosen, config.block), daemon=True)
+            process = context.Process(target=_work, args=(theirs, simulators, chosen), daemon=True)
             process.start()
             theirs.close()
             crew.append(_Worker(process, ours))
@@ -266,19 +265,13 @@ def _describe(crew: list[_Worker], config: CollectConfig) -> DatasetSpec:
         crew[0].send(env_id)
         specs.append(crew[0].receive(f"making {env_id}"))
     for spec in specs[1:]:
-        for name in ("action_dim", "cameras", "proprio"):
+        for name in ("block", "action_dim", "cameras", "proprio"):
             if getattr(spec, name) != getattr(specs[0], name):
                 raise ValueError(
                     f"{specs[0].env_ids[0]} and {spec.env_ids[0]} do not fit in one dataset, {name}: "
                     f"{getattr(specs[0], name)} and {getattr(spec, name)}"
                 )
-    return DatasetSpec(
-        env_ids=config.env_ids,
-        block=config.block,
-        action_dim=specs[0].action_dim,
-        cameras=specs[0].cameras,
-        proprio=specs[0].proprio,
-    )
+    return replace(specs[0], env_ids=config.env_ids)
 
 
 def _record(crew: list[_Worker], config: CollectConfig, store: EpisodeStore, todo: list[int]) -> float:
@@ -297,8 +290,8 @@ def _record(crew: list[_Worker], config: CollectConfig, store: EpisodeStore, tod
                 by_pipe[pipe].send(episode_task(config, todo[given]))
                 working[pipe] = todo[given]
                 given += 1
-            for pipe in wait(list(working)):
-                assert isinstance(pipe, Connection)
+            ready = wait(list(working))
+            for pipe in [pipe for pipe in working if pipe in ready]:
                 number = working.pop(pipe)
                 task = episode_task(config, number)
                 finished[number], memory = by_pipe[pipe].receive(
@@ -324,9 +317,7 @@ def _success(store: EpisodeStore) -> dict[str, tuple[int, int]]:
     return {key: (solved[key], total[key]) for key in sorted(total)}
 
 
-def _work(
-    pipe: Connection, simulators: SimulatorFactory, behaviours: Mapping[str, BehaviourFactory], block: int
-) -> None:
+def _work(pipe: Connection, simulators: SimulatorFactory, behaviours: Mapping[str, BehaviourFactory]) -> None:
     """A worker's life: answer env ids with specs and tasks with episodes, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and closes the pipe
     made: dict[str, RecordedSimulator] = {}
@@ -340,7 +331,7 @@ def _work(
                 if env_id not in made:
                     made[env_id] = simulators(env_id)
                     closing.callback(made[env_id].close)
-                    specs[env_id] = _spec(made[env_id], env_id, block)
+                    specs[env_id] = _spec(made[env_id], env_id)
                 if isinstance(asked, str):
                     answer: Any = specs[env_id]
                 else:
@@ -357,14 +348,12 @@ def _work(
             pipe.send(answer)
 
 
-def _spec(simulator: RecordedSimulator, env_id: str, block: int) -> DatasetSpec:
-    if simulator.block != block:
-        raise ValueError(f"{env_id} takes blocks of {simulator.block} env steps, the dataset has {block}")
+def _spec(simulator: RecordedSimulator, env_id: str) -> DatasetSpec:
     simulator.reset(seed=0)
     frames = simulator.observe().frames
     return DatasetSpec(
         env_ids=(env_id,),
-        block=block,
+        block=simulator.block,
         action_dim=int(simulator.action_space.shape[0]),
         cameras={name: (frame.shape[0], frame.shape[1]) for name, frame in frames.items()},
         proprio=tuple(simulator.proprio_fields),

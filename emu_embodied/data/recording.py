@@ -13,6 +13,8 @@ from emu_embodied.records import Episode, Observation
 class RecordedSimulator(Simulator, Protocol):
     """A simulator whose episodes can be recorded."""
 
+    block: int
+    """K, env steps in one action block [env steps]."""
     action_space: Any
     """Gymnasium box of shape [A]."""
 

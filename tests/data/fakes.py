@@ -37,8 +37,8 @@ def make_episode(seed: int = 0, blocks: int = 4, env_id: str = "Dot-v0", **chang
 class DotSimulator:
     """A dot that actions push along a line; the goal and the length of an episode come from the seed."""
 
-    def __init__(self, env_id: str, size: int = 8) -> None:
-        self.env_id, self.size = env_id, size
+    def __init__(self, env_id: str, size: int = 8, block: int = 3) -> None:
+        self.env_id, self.size, self.block = env_id, size, block
         self.proprio_fields = FIELDS
         self.block = 3
         self.action_space = SimpleNamespace(shape=(2,))

@@ -23,7 +23,7 @@ BEHAVIOURS = {"expert": Seek, "noisy": Wander, "random": Wander, "play": Wander}
 
 
 def config(out: Path, **changes: object) -> CollectConfig:
-    values: dict = {"env": "Dot-v0,Dash-v0", "episodes": 9, "out": out, "workers": 2, "seed": 3, "block": 3}
+    values: dict = {"env": "Dot-v0,Dash-v0", "episodes": 9, "out": out, "workers": 2, "seed": 3}
     return CollectConfig(**(values | changes))
 
 
@@ -99,7 +99,6 @@ def test_lost_file_is_recorded_again(tmp_path: Path) -> None:
     ("change", "values"),
     [
         ({"seed": 4}, ["3", "4"]),
-        ({"block": 5}, ["3", "5"]),
         ({"env": "Dot-v0"}, ["Dash-v0"]),
         ({"mixture": {"expert": 1.0}}, ["0.35", "1.0"]),
     ],
@@ -112,10 +111,12 @@ def test_other_settings_are_refused_with_both_values(tmp_path: Path, change: dic
         assert value in str(caught.value)
 
 
-def test_other_cameras_are_refused(tmp_path: Path) -> None:
+def test_other_cameras_and_blocks_are_refused(tmp_path: Path) -> None:
     collect(config(tmp_path / "d", env="Dot-v0", episodes=1, workers=1), DotSimulator, BEHAVIOURS)
     with pytest.raises(ValueError, match=r"\(8, 6\).*\(5, 6\)"):
         collect(config(tmp_path / "d", env="Dot-v0"), partial(DotSimulator, size=5), BEHAVIOURS)
+    with pytest.raises(ValueError, match="block size: dataset 3; wanted 5"):
+        collect(config(tmp_path / "d", env="Dot-v0"), partial(DotSimulator, block=5), BEHAVIOURS)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ from emu_embodied.data.collect import CollectConfig, collect
 from tests.data.fakes import DotSimulator, Seek
 if __name__ == "__main__":
     mixture = {{"expert": 1.0}}
-    config = CollectConfig(env="Dot-v0", episodes=100000, out=Path({out!r}), workers=2, block=3, mixture=mixture)
+    config = CollectConfig(env="Dot-v0", episodes=100000, out=Path({out!r}), workers=2, mixture=mixture)
     collect(config, DotSimulator, {{"expert": Seek}})
 """
 
@@ -216,7 +217,7 @@ def test_killed_run_leaves_no_workers_and_can_be_continued(tmp_path: Path, sent:
     assert len(workers) >= 2 and not any(map(alive, workers))
     recorded = len(EpisodeStore.open(out))
     assert recorded > 20
-    run = CollectConfig(env="Dot-v0", episodes=recorded + 3, out=out, workers=1, block=3, mixture={"expert": 1.0})
+    run = CollectConfig(env="Dot-v0", episodes=recorded + 3, out=out, workers=1, mixture={"expert": 1.0})
     store = collect(run, DotSimulator, {"expert": Seek}).store
     fresh = collect(dataclasses.replace(run, out=tmp_path / "fresh"), DotSimulator, {"expert": Seek}).store
     assert store.data_hash == fresh.data_hash and len(list(store)) == recorded + 3

@@ -47,8 +47,8 @@ FINGER_STIFFNESS = 1500.0
 """[N/m]"""
 FINGER_DAMPING = 40.0
 """[N s/m]"""
-FINGER_EFFORT = 20.0
-"""[N]"""
+FINGER_EFFORT = 8.0
+"""[N] firm on a 36 g cube, and not so hard that it is squeezed visibly."""
 CUBE_DENSITY = 400.0
 """[kg/m^3], like light wood: 86 g for a 6 cm cube."""
 

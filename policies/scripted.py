@@ -101,4 +101,34 @@ def _push(scene: Scene, state: WorldState, phase: str) -> Waypoint:
     return Waypoint("approach", (*start, HOVER), SHUT)
 
 
-_EXPERTS: dict[str, Callable[[Scene, WorldState, str], Waypoint]] = {"PandaReach": _reach, "PandaPush": _push}
+def _pick_place(scene: Scene, state: WorldState, phase: str) -> Waypoint:
+    x, y, z = state.item_xyz[scene.meant].tolist()
+    ee_x, ee_y, ee_z = state.ee_xyz.tolist()
+    goal_x, goal_y, goal_z = scene.goal_xyz
+    aside = math.hypot(ee_x - x, ee_y - y)
+    if phase in ("release", "retreat", "done") and math.hypot(goal_x - x, goal_y - y) < 0.04 and z < 0.03:
+        return Waypoint("done" if ee_z > HOVER - 0.01 else "retreat", (ee_x, ee_y, HOVER))
+    if phase in ("grasp", "lift", "carry", "lower", "done") and aside < 0.02 and abs(ee_z - z) < 0.02:
+        if scene.kind == "lift":
+            return Waypoint("lift" if z < 0.12 else "done", (ee_x, ee_y, goal_z), SHUT)
+        if math.hypot(goal_x - x, goal_y - y) < 0.02:
+            if z < goal_z + 0.012:
+                return Waypoint("release", (ee_x, ee_y, ee_z))
+            return Waypoint("lower", (goal_x, goal_y, goal_z + 0.003), SHUT)
+        if z < 0.07:
+            return Waypoint("lift", (ee_x, ee_y, 0.12), SHUT)
+        return Waypoint("carry", (goal_x, goal_y, 0.12), SHUT)
+    if aside < 0.012 and abs(ee_z - z) < 0.012:
+        return Waypoint("grasp", (x, y, z), SHUT)
+    if aside < 0.015:
+        return Waypoint("descend", (x, y, z))
+    if ee_z < 0.07:
+        return Waypoint("retreat", (ee_x, ee_y, HOVER))
+    return Waypoint("approach", (x, y, HOVER))
+
+
+_EXPERTS: dict[str, Callable[[Scene, WorldState, str], Waypoint]] = {
+    "PandaReach": _reach,
+    "PandaPush": _push,
+    "PandaPickPlace": _pick_place,
+}

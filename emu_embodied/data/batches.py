@@ -147,7 +147,7 @@ def encode_dataset(
     missing = [camera for camera in cameras if camera not in store.spec.cameras]
     if missing:
         raise ValueError(f"{store.folder} has cameras {tuple(store.spec.cameras)}, training needs {cameras}")
-    key = hashlib.sha256(f"{store.data_hash} {tokenizer.fingerprint()} {cameras}".encode()).hexdigest()
+    key = hashlib.sha256(f"{store.data_hash} {_fingerprint(tokenizer)} {cameras}".encode()).hexdigest()
     known = _load_codes(cache, key)
     episodes: list[Episode] = []
     encoded: list[torch.Tensor] = []
@@ -178,6 +178,14 @@ def encode_dataset(
         length_E.cumsum(0) - length_E,
         length_E,
     )
+
+
+def _fingerprint(tokenizer: IBQFrameTokenizer) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tokenizer.ibq.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _load_codes(cache: Path, key: str) -> torch.Tensor | None:

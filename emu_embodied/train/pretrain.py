@@ -155,7 +155,6 @@ def train_world(
 def write_training_meta(out: Path, stage: str, config: WorldTraining, store: EpisodeStore, result: LoopResult) -> None:
     """Record where a checkpoint comes from in ``meta.json``, one entry for each stage."""
     meta = make_meta(
-        f"train {stage}",
         seed=config.loop.seed,
         data_hash=store.data_hash,
         config=asdict(config),

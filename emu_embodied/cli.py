@@ -1,0 +1,490 @@
+"""``emu-embodied``: the composition root, and the one core file that may import the outer rooms (lazily).
+
+Each subcommand is a dataclass whose fields are its flags; ``main`` parses one and runs it. User errors end in one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import arg, subcommand
+
+Device = Annotated[str, arg(metavar="{auto,cpu,cuda,cuda:N}")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Say what this machine has (GL, devices, threads, versions, shipped weights) and what to do about what is missing."""
+
+    json: bool = False
+    """Print JSON instead of text."""
+
+    def run(self) -> int:
+        """Probe and print; 1 if something that planning needs is missing."""
+        from emu_embodied.doctor import examine
+
+        report = examine()
+        print(json.dumps(report.to_dict(), indent=2) if self.json else report.text())
+        return 0 if report.healthy else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collect:
+    """Record episodes of scripted, noisy, random and playful behaviour (failures kept) into a dataset folder.
+
+    Running it again with the same flags continues a run that was stopped.
+    """
+
+    env: str
+    """Environment id, or several with commas between."""
+    episodes: int = 100
+    """Episodes the dataset shall have."""
+    out: Path
+    """Dataset folder."""
+    workers: int = 2
+    """Processes; the bytes recorded do not depend on it."""
+    seed: int = 0
+    """Run seed. Small reset seeds stay free for evaluation."""
+    mixture: dict[str, float] = field(
+        default_factory=lambda: {"expert": 0.25, "noisy": 0.35, "random": 0.2, "play": 0.2}
+    )
+    """Behaviour and share, repeatedly, e.g. ``expert 0.5 play 0.5``."""
+
+    def run(self) -> int:
+        """Collect."""
+        from emu_embodied.data.collect import CollectConfig, collect
+        from emu_embodied.envs.registry import check_env_id, make
+        from emu_embodied.policies.behaviours import BEHAVIOURS
+        from emu_embodied.provenance import make_meta, meta_dict
+
+        for env_id in self.env.split(","):
+            check_env_id(env_id.strip())
+        config = CollectConfig(
+            env=self.env,
+            episodes=self.episodes,
+            out=self.out,
+            workers=self.workers,
+            seed=self.seed,
+            mixture=self.mixture,
+        )
+        result = collect(config, make, BEHAVIOURS, meta=meta_dict(make_meta(seed=self.seed)))
+        print(f"{len(result.store)} episodes in {self.out} ({result.recorded} new), data hash {result.store.data_hash[:16]}")
+        for name, (solved, total) in sorted(result.success.items()):
+            print(f"  {name}: {solved} of {total} episodes successful")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stage:
+    """Flags that the training stages share."""
+
+    preset: str = "nano"
+    """Size: nano (a laptop's CPU), small (one GPU, an hour) or base (one GPU, a day)."""
+    data: Path
+    """Dataset folder that `collect` made."""
+    out: Path
+    """Checkpoint folder. All three stages may share it; a stage that is there already needs --resume."""
+    steps: int | None = None
+    """Optimizer steps, over all calls; the preset's if left out."""
+    max_minutes: float | None = None
+    """Stop (with a decayed learning rate) after this time [min]."""
+    resume: bool = False
+    """Continue a run that was stopped."""
+    seed: int = 0
+    """Seed of weights, batches and noise."""
+    batch: int | None = None
+    """Batch size (frames, or windows of states); the preset's if left out."""
+    learning_rate: float | None = None
+    """Peak learning rate; the preset's if left out."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    device: Device = "auto"
+    """Where to train."""
+
+    def _loop(self, default: object) -> object:
+        from emu_embodied.train.loop import LoopConfig
+
+        assert isinstance(default, LoopConfig)
+        given = {"steps": self.steps, "max_minutes": self.max_minutes, "learning_rate": self.learning_rate}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return replace(default, seed=self.seed, threads=self.threads, device=self.device, **chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizer(_Stage):
+    """Stage 1: frames to codes (IBQ), from the pixels of a dataset."""
+
+    def run(self) -> int:
+        """Train."""
+        from emu_embodied.data.episodes import EpisodeStore
+        from emu_embodied.presets import preset
+        from emu_embodied.train.tokenizer import TokenizerTraining, train_tokenizer
+
+        row = preset(self.preset)
+        store = EpisodeStore.open(self.data)
+        config = TokenizerTraining()
+        config = replace(config, loop=self._loop(config.loop), batch=self.batch or config.batch)
+        train_tokenizer(store, row.ibq, row.cameras, config, self.out, self.resume)
+        print(f"tokenizer in {self.out / 'tokenizer'}; next: emu-embodied train world --data {self.data} --out {self.out}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainWorld(_Stage):
+    """Stage 2: the transformer, by next token over interleaved instruction, states and actions."""
+
+    tokenizer: Path | None = None
+    """Folder of the vision tokenizer; by default the one in --out, else the shipped one of the same preset."""
+
+    def run(self) -> int:
+        """Train."""
+        from emu_embodied.data.episodes import EpisodeStore
+        from emu_embodied.presets import preset
+        from emu_embodied.tokens.frames import IBQFrameTokenizer
+        from emu_embodied.train.pretrain import WorldTraining, train_world
+        from emu_embodied.world_model import WEIGHTS
+
+        row = preset(self.preset)
+        store = EpisodeStore.open(self.data)
+        candidates = [self.tokenizer] if self.tokenizer else [self.out / "tokenizer", WEIGHTS / self.preset / "tokenizer"]
+        folder = next((c for c in candidates if c.is_dir()), None)
+        if folder is None:
+            raise ValueError(f"no tokenizer in {candidates[0]}: run `emu-embodied train tokenizer --out {self.out}` first")
+        print(f"tokenizer: {folder}")
+        config = WorldTraining()
+        config = replace(config, loop=self._loop(config.loop), batch=self.batch or config.batch)
+        train_world(store, row, IBQFrameTokenizer.from_pretrained(folder), config, self.out, resume=self.resume)
+        print(f"world model in {self.out}; next: emu-embodied train dida --data {self.data} --out {self.out}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDida(_Stage):
+    """Stage 3: discrete diffusion adaptation, after which a state is predicted in parallel."""
+
+    init: str | None = None
+    """Checkpoint to adapt: a folder or a shipped name; by default the one in --out, else the shipped one."""
+
+    def run(self) -> int:
+        """Train."""
+        from emu_embodied.data.episodes import EpisodeStore
+        from emu_embodied.train.adapt import train_dida
+        from emu_embodied.train.pretrain import WorldTraining
+        from emu_embodied.world_model import WorldModel
+
+        store = EpisodeStore.open(self.data)
+        inside = (self.out / "world.json").exists()
+        source = self.init or (str(self.out) if inside else self.preset)
+        print(f"adapting: {source}")
+        world = WorldModel.from_pretrained(source)
+        config = WorldTraining()
+        config = replace(config, loop=self._loop(config.loop), batch=self.batch or config.batch)
+        train_dida(store, world, config, self.out, resume=self.resume)
+        print(f"adapted world model in {self.out}; next: emu-embodied plan --checkpoint {self.out} --env ...")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train one stage: tokenizer, then world, then dida. All three may share one --out."""
+
+    stage: (
+        Annotated[TrainTokenizer, subcommand("tokenizer")]
+        | Annotated[TrainWorld, subcommand("world")]
+        | Annotated[TrainDida, subcommand("dida")]
+    )
+
+    def run(self) -> int:
+        """Train the stage."""
+        from emu_embodied.train.loop import TrainingFailed
+
+        try:
+            return self.stage.run()
+        except TrainingFailed as error:
+            raise ValueError(str(error)) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    """Flags of everything that plans."""
+
+    checkpoint: str = "nano"
+    """A shipped name or a checkpoint folder."""
+    planner: Literal["cem", "mppi", "shooting"] = "cem"
+    """Solver of the imagined and true policies."""
+    objective: str = "reward"
+    """What plans are searched for: reward, success or both."""
+    samples: int | None = None
+    """Candidate plans in an iteration."""
+    iterations: int | None = None
+    """Iterations of a decision."""
+    horizon: int | None = None
+    """Length of a plan [blocks]."""
+    device: Device = "auto"
+    """Where the world model runs."""
+
+    def _spec(self, policy: str) -> object:
+        from emu_embodied.hardware import pick_device
+        from emu_embodied.policies.registry import PlanningBudget, PolicySpec
+
+        given = {"samples": self.samples, "iterations": self.iterations, "horizon": self.horizon}
+        budget = replace(PlanningBudget(), **{name: value for name, value in given.items() if value is not None})
+        return PolicySpec(
+            name=policy,
+            checkpoint=self.checkpoint,
+            planner=self.planner,
+            objective=self.objective,
+            budget=budget,
+            device=str(pick_device(self.device)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(_Search):
+    """Plan and execute one episode; write a video (real | imagined), a figure and the result.
+
+    Writes ``plan.mp4``, ``imagined_vs_real.png`` and ``result.json`` into --out.
+    """
+
+    env: str
+    """Environment id."""
+    policy: Literal["imagined", "shooting", "true"] = "imagined"
+    """Where plans are tried out: in imagination, or (``true``) in the simulator itself."""
+    seed: int = 0
+    """Reset seed of the environment, and of the planner."""
+    out: Path
+    """Folder for the results; refused if it holds an earlier result."""
+
+    def run(self) -> int:
+        """Plan, draw, and print the verdict."""
+        from tqdm import tqdm
+
+        from emu_embodied.envs.registry import make
+        from emu_embodied.policies.episode import run_episode
+        from emu_embodied.policies.registry import PolicySpec, check_fits, make_policy
+        from emu_embodied.provenance import make_meta
+        from emu_embodied.viz.report import write_plan_report
+        from emu_embodied.world_model import WorldModel
+
+        if (self.out / "result.json").exists():
+            raise ValueError(f"{self.out} holds a result already: give another --out")
+        spec = self._spec(self.policy)
+        assert isinstance(spec, PolicySpec)
+        simulator = make(self.env)
+        world = WorldModel.from_pretrained(self.checkpoint, device=spec.device) if spec.imagines else None
+        if world is not None:
+            check_fits(world, simulator)
+        policy = make_policy(spec, simulator, seed=self.seed, world_model=world, record=True)
+        blocks = simulator.max_episode_steps // simulator.block
+        with tqdm(total=blocks, desc="plan and act", unit="block") as progress:
+            trace = run_episode(
+                simulator,
+                policy,
+                seed=self.seed,
+                env_id=self.env,
+                policy_name=self.policy,
+                on_block=lambda transition: progress.update(),
+            )
+        simulator.close()
+        data_hash = None if world is None else world.config.data_hash
+        files = write_plan_report(trace, self.out, make_meta(seed=self.seed, data_hash=data_hash))
+        print(trace.verdict)
+        for file in files:
+            print(f"  {file}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(_Search):
+    """Measure how often policies succeed: rows with Wilson 95 % intervals, as JSON and as a table.
+
+    A file that exists is completed: rows of the same settings are kept, others are measured.
+    """
+
+    env: str
+    """Environment id, or several with commas between."""
+    policy: str
+    """random, scripted, shooting, imagined or true; or several with commas between."""
+    episodes: int = 100
+    """Episodes of a row."""
+    seed: int = 0
+    """First reset seed; the others follow."""
+    workers: int = 2
+    """Processes of one thread each."""
+    json: Path
+    """File for the rows."""
+
+    def run(self) -> int:
+        """Measure."""
+        from emu_embodied.envs.registry import check_env_id, make
+        from emu_embodied.policies.evaluate import bench, format_table, read_results, write_results
+        from emu_embodied.policies.registry import PolicySpec
+        from emu_embodied.provenance import make_meta
+
+        env_ids = [name.strip() for name in self.env.split(",")]
+        for env_id in env_ids:
+            check_env_id(env_id)
+        specs = [self._spec(name.strip()) for name in self.policy.split(",")]
+        policies = [spec for spec in specs if isinstance(spec, PolicySpec)]
+        if self.episodes < 1:
+            raise ValueError(f"--episodes is {self.episodes}, it has to be at least 1")
+        kept = read_results(self.json) if self.json.exists() else []
+        wanted = {(env_id, spec.name) for env_id in env_ids for spec in policies}
+        others = [row for row in kept if (row.env, row.policy) not in wanted]
+        data_hash = None
+        if any(spec.imagines for spec in policies):
+            from emu_embodied.world_model import WorldModelConfig, checkpoint_folder
+
+            data_hash = WorldModelConfig.load(checkpoint_folder(self.checkpoint) / "world.json").data_hash
+        meta = make_meta(seed=self.seed, data_hash=data_hash)
+        rows = bench(
+            env_ids,
+            policies,
+            episodes=self.episodes,
+            seed=self.seed,
+            make_simulator=make,
+            workers=self.workers,
+            kept=kept,
+            on_row=lambda done: write_results(self.json, [*others, *done], meta),
+        )
+        write_results(self.json, [*others, *rows], meta)
+        print(format_table([*others, *rows]))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imagine:
+    """Score imagination against the simulator, horizon by horizon, on fresh episodes; draw some of them.
+
+    Writes the figures to --json, and ``imagine.png`` (real above imagined) into --out.
+    """
+
+    checkpoint: str = "nano"
+    """A shipped name or a checkpoint folder."""
+    env: str
+    """Environment id."""
+    episodes: int = 20
+    """Episodes, of mixed behaviour, with seeds that no training run draws."""
+    horizon: int = 10
+    """Blocks imagined from each episode's start."""
+    seed: int = 0
+    """First reset seed."""
+    decoding: Literal["default", "autoregressive", "dida"] = "default"
+    """Which decoder; the checkpoint's own by default."""
+    passes: int = 1
+    """Parallel passes of a state (dida)."""
+    device: Device = "auto"
+    """Where the world model runs."""
+    json: Path
+    """File for the figures."""
+    out: Path
+    """Folder for the picture."""
+
+    def run(self) -> int:
+        """Imagine and compare."""
+        from emu_embodied.data.recording import record_episode
+        from emu_embodied.envs.registry import make
+        from emu_embodied.files import write_json
+        from emu_embodied.hardware import pick_device
+        from emu_embodied.metrics.horizons import held_out_episodes, score_horizons
+        from emu_embodied.policies.behaviours import BEHAVIOURS
+        from emu_embodied.policies.registry import check_fits
+        from emu_embodied.provenance import make_meta, meta_dict
+        from emu_embodied.viz.horizons import draw_horizons
+        from emu_embodied.world_model import WorldModel
+
+        if self.horizon < 1 or self.episodes < 1:
+            raise ValueError("--horizon and --episodes have to be at least 1")
+        world = WorldModel.from_pretrained(self.checkpoint, device=str(pick_device(self.device)))
+        if self.decoding != "default":
+            world = world.with_decoding(self.decoding, passes=self.passes)
+        simulator = make(self.env, max_episode_steps=world.block * self.horizon)
+        check_fits(world, simulator)
+        episodes = held_out_episodes(simulator, BEHAVIOURS, record_episode, self.env, self.episodes, self.seed)
+        simulator.close()
+        scores = score_horizons(world, episodes, self.horizon, seed=self.seed)
+        meta = make_meta(seed=self.seed, data_hash=world.config.data_hash, decoding=self.decoding, passes=self.passes)
+        write_json(self.json, {"per_horizon": [row.to_dict() for row in scores.rows], "meta": meta_dict(meta)})
+        picture = draw_horizons(scores, self.out / "imagine.png")
+        print(scores.table())
+        print(f"  {self.json}\n  {picture}")
+        return 0
+
+
+def unknown_word(arguments: Sequence[str]) -> str | None:
+    """What is wrong with a subcommand or flag that does not exist, with the nearest one that does."""
+    table: dict[str, Any] = _SUBCOMMANDS
+    words = list(arguments)
+    while words and not words[0].startswith("-"):
+        word = words.pop(0)
+        if word not in table:
+            return f"unknown subcommand {word!r}{_nearest(word, table)}"
+        if not isinstance(table[word], dict):
+            flags = {f"--{name.replace('_', '-')}" for name in table[word].__dataclass_fields__} | {"--help"}
+            for flag in (word.split("=")[0] for word in words if word.startswith("--")):
+                if flag.replace("_", "-") not in flags:
+                    return f"unknown flag {flag}{_nearest(flag, flags)}"
+            return None
+        table = table[word]
+    return None
+
+
+def _nearest(word: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+_SUBCOMMANDS: dict[str, Any] = {
+    "doctor": Doctor,
+    "collect": Collect,
+    "train": {"tokenizer": TrainTokenizer, "world": TrainWorld, "dida": TrainDida},
+    "plan": Plan,
+    "bench": Bench,
+    "imagine": Imagine,
+}
+Command = (
+    Annotated[Doctor, subcommand("doctor")]
+    | Annotated[Collect, subcommand("collect")]
+    | Annotated[Train, subcommand("train")]
+    | Annotated[Plan, subcommand("plan")]
+    | Annotated[Bench, subcommand("bench")]
+    | Annotated[Imagine, subcommand("imagine")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse a command line and run it; user errors print one line and return 2."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may wait for a hub
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if mistake := unknown_word(arguments):
+        print(f"emu-embodied: error: {mistake}", file=sys.stderr)
+        return 2
+    command = tyro.cli(
+        Command,  # type: ignore[arg-type]  # a union of commands is what tyro takes
+        prog="emu-embodied",
+        description="World models a robot can plan with: collect, train, imagine, plan, measure.",
+        args=arguments,
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+    try:
+        return command.run()
+    except (ValueError, ImportError, OSError) as error:
+        print(f"emu-embodied: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("emu-embodied: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

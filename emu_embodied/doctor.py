@@ -1,0 +1,109 @@
+"""What this machine has, and what to do about what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from emu_embodied.hardware import GLProbe, Hardware, describe_hardware, probe_gl
+from emu_embodied.provenance import package_versions
+
+EXTRAS = {"tensorboard": "track", "tiktoken": "emu35", "yaml": "emu35"}
+"""Optional module -> the extra that installs it."""
+GL_ADVICE = "install off-screen GL: apt-get install libegl1 libgl1 libgl1-mesa-dri (or libosmesa6 and MUJOCO_GL=osmesa)"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shipped:
+    """A checkpoint inside the package."""
+
+    name: str
+    """What ``--checkpoint`` takes."""
+    megabytes: float
+    """Size on disk [MB]."""
+    env_ids: tuple[str, ...]
+    """Environments it was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What was found."""
+
+    hardware: Hardware
+    """Processor, memory, devices."""
+    dtype: str
+    """What ``--dtype auto`` would train in on the best device."""
+    gl: GLProbe
+    """Off-screen drawing."""
+    versions: dict[str, str]
+    """Installed packages that results depend on."""
+    missing_extras: dict[str, str]
+    """Optional modules that are not installed -> their extra."""
+    weights: tuple[Shipped, ...]
+    """Shipped checkpoints."""
+    advice: tuple[str, ...]
+    """What to do, most urgent first."""
+    healthy: bool
+    """Whether `plan` would work here."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """For people."""
+        h = self.hardware
+        devices = ", ".join(f"{a.device} {a.name} ({a.memory_gb:.0f} GB)" for a in h.accelerators) or "none"
+        drawn = f"{self.gl.backend} ({self.gl.renderer})" if self.gl.backend else "NOT WORKING"
+        rows = {
+            "processor": f"{h.cpu}, {h.cores} cores, {h.memory_gb:.0f} GB, {h.system}",
+            "torch": f"{self.versions.get('torch', 'missing')}, {h.torch_threads} threads, trains in {self.dtype}",
+            "CUDA devices": devices,
+            "off-screen GL": drawn,
+            "weights": ", ".join(f"{w.name} ({w.megabytes:.1f} MB: {', '.join(w.env_ids)})" for w in self.weights) or "none",
+            "versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+        }
+        lines = [f"{name:<14} {value}" for name, value in rows.items()]
+        lines += [f"-> {line}" for line in self.advice] or ["nothing is missing"]
+        return "\n".join(lines)
+
+
+def examine() -> Report:
+    """Probe everything; drawing is proved in a process of its own and takes a second or two."""
+    hardware = describe_hardware(with_torch=True)
+    gl = probe_gl()
+    weights = tuple(_shipped())
+    extras = {name: extra for name, extra in EXTRAS.items() if importlib.util.find_spec(name) is None}
+    advice = []
+    if gl.backend is None:
+        advice.append(GL_ADVICE)
+    if not weights:
+        advice.append("no shipped weights: train some (README, 'Train your own') or install the package from a wheel")
+    advice += [f"optional: pip install 'emu-embodied[{extra}]' for {name}" for name, extra in extras.items()]
+    from emu_embodied.hardware import pick_device, pick_dtype
+
+    dtype = str(pick_dtype("auto", pick_device("auto"))).removeprefix("torch.")
+    return Report(
+        hardware=hardware,
+        dtype=dtype,
+        gl=gl,
+        versions=package_versions(),
+        missing_extras=extras,
+        weights=weights,
+        advice=tuple(advice),
+        healthy=gl.backend is not None and bool(weights),
+    )
+
+
+def _shipped() -> list[Shipped]:
+    from emu_embodied.world_model import WEIGHTS, WorldModelConfig, shipped
+
+    found = []
+    for name in shipped():
+        files = [path for path in (WEIGHTS / name).rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files) / 1e6
+        found.append(
+            Shipped(name=name, megabytes=size, env_ids=WorldModelConfig.load(WEIGHTS / name / "world.json").env_ids)
+        )
+    return found

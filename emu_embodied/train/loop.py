@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -198,7 +199,14 @@ def run_loop(
     run = _Run(config, module, optimizer, average, folder, progress, save, evaluate)
     started, seconds_before = clock(), progress.seconds
     stopped: Literal["steps", "time", "signal"] = "steps"
-    bar = tqdm(total=config.steps, initial=progress.step, desc=f"train {stage}", unit="step", dynamic_ncols=True)
+    bar = tqdm(
+        total=config.steps,
+        initial=progress.step,
+        desc=f"train {stage}",
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file wants a line now and then, not a film
+    )
     try:
         with _interruptible() as interrupted, bar:
             while run.progress.step < config.steps:

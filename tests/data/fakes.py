@@ -40,7 +40,6 @@ class DotSimulator:
     def __init__(self, env_id: str, size: int = 8, block: int = 3) -> None:
         self.env_id, self.size, self.block = env_id, size, block
         self.proprio_fields = FIELDS
-        self.block = 3
         self.action_space = SimpleNamespace(shape=(2,))
         self.x = self.goal = 0.0
         self.left = 0

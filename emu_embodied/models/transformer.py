@@ -9,7 +9,7 @@ Shape letters: B batch, T new tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from emu_embodied.models.attention import attend, attend_with_copies
+from emu_embodied.models.cache import KVCache
 from emu_embodied.models.masks import NoisyCopies
 
 
@@ -118,37 +119,69 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., width] -> [..., width]."""
-        full = x.float()
-        full = full * torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * full.to(x.dtype)
+        # A norm is one pass over x where a mean of squares is two, and this runs on every token of every candidate.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x * torch.rsqrt(norm * norm / x.shape[-1] + self.eps)).to(x.dtype) * self.weight
 
 
-@lru_cache(maxsize=8)
-def _inverse_frequencies(head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
-    return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim))
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What all layers share in one call of ``core``.
+
+    Attributes:
+        cos: cosines [1 or B, T, 1, head dim] of the rotary angles, the same in both halves of a head.
+        sin: sines, negative in the first half.
+        bias: added to the scores of own keys; or the copies that say which to compute; or None.
+        prefix_bias: added to the scores of the prefix's keys, or None.
+        causal: plain causal attention among new tokens, no bias needed.
+        cache: where new keys and values go, or None.
+        span: own keys read from the cache.
+        prefix_span: keys read from its prefix.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    bias: torch.Tensor | NoisyCopies | None = None
+    prefix_bias: torch.Tensor | None = None
+    causal: bool = False
+    cache: KVCache | None = None
+    span: int = 0
+    prefix_span: int = 0
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Call:
+        """The same for a layer that lives on another device (models spread over several)."""
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name in ("cos", "sin", "bias", "prefix_bias")
+            if isinstance(value := getattr(self, name), torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 def _rotations(
     positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [1 or B, 1, T, head_dim / 2] of positions [T] or [B, T]."""
-    frequencies = _inverse_frequencies(head_dim, theta, positions.device)
-    angles = (positions.view(-1, 1, positions.shape[-1], 1)).float() * frequencies
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    """``Call.cos`` and ``Call.sin`` of positions [T] or [B, T]."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions.view(-1, positions.shape[-1], 1, 1).float() * (1.0 / theta**exponents)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Half-split RoPE: the first half of a head are the real parts, the second half the imaginary parts."""
-    real, imaginary = x.chunk(2, dim=-1)
-    return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
+def _rotate(x: torch.Tensor, call: Call) -> torch.Tensor:
+    """RoPE: the first half of a head [..., head dim] are real parts, the second half imaginary parts."""
+    half = x.shape[-1] // 2
+    swapped = torch.cat([x[..., half:], x[..., :half]], -1)
+    return torch.addcmul(x * call.cos, swapped, call.sin)
 
 
 class EmuAttention(nn.Module):
     """Grouped-query attention with per-head norm of queries and keys, then RoPE."""
 
-    def __init__(self, config: EmuConfig) -> None:
+    def __init__(self, config: EmuConfig, layer: int) -> None:
         super().__init__()
         width, head = config.hidden_size, config.head_dim
+        self.layer = layer
         self.head_dim = head
         self.dropout = config.attention_dropout
         self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=False)
@@ -158,31 +191,31 @@ class EmuAttention(nn.Module):
         self.q_norm = RMSNorm(head, config.rms_norm_eps)
         self.k_norm = RMSNorm(head, config.rms_norm_eps)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        rotations: tuple[torch.Tensor, torch.Tensor],
-        bias: torch.Tensor | NoisyCopies | None,
-        causal: bool,
-        cache: Any,
-        layer: int,
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]."""
-        batch, tokens, _ = x.shape
-        heads = (batch, tokens, -1, self.head_dim)
-        query = _rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), *rotations)
-        key = _rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), *rotations)
-        value = self.v_proj(x).view(heads).transpose(1, 2)
-        prefix = None
-        if cache is not None:
-            prefix = cache.shared(layer)
-            key, value = cache.write(layer, key, value)
+        shape = (*x.shape[:2], -1, self.head_dim)
+        query = _rotate(self.q_norm(self.q_proj(x).view(shape)), call)
+        key = _rotate(self.k_norm(self.k_proj(x).view(shape)), call).transpose(1, 2)
+        value = self.v_proj(x).view(shape).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
-        if isinstance(bias, NoisyCopies):
-            mixed = attend_with_copies(query, key, value, bias, dropout=dropout)
+        if isinstance(call.bias, NoisyCopies):
+            mixed = attend_with_copies(query, key, value, call.bias, dropout=dropout)
         else:
-            mixed = attend(query, key, value, bias, causal=causal, prefix=prefix, dropout=dropout)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+            prefix = None
+            if call.cache is not None:
+                prefix = call.cache.shared(self.layer, call.prefix_span)
+                key, value = call.cache.write(self.layer, key, value, call.span)
+            mixed = attend(
+                query,
+                key,
+                value,
+                call.bias,
+                causal=call.causal,
+                prefix=prefix,
+                prefix_bias=call.prefix_bias,
+                dropout=dropout,
+            )
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
 
 
 class EmuMLP(nn.Module):
@@ -202,26 +235,17 @@ class EmuMLP(nn.Module):
 class EmuLayer(nn.Module):
     """Attention, then MLP, each on a normed copy and added to the stream."""
 
-    def __init__(self, config: EmuConfig) -> None:
+    def __init__(self, config: EmuConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = EmuAttention(config)
+        self.self_attn = EmuAttention(config, layer)
         self.mlp = EmuMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = config.attention_dropout
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        rotations: tuple[torch.Tensor, torch.Tensor],
-        bias: torch.Tensor | NoisyCopies | None,
-        causal: bool,
-        cache: Any,
-        layer: int,
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]."""
-        mixed = self.self_attn(self.input_layernorm(x), rotations, bias, causal, cache, layer)
-        x = x + F.dropout(mixed, self.dropout, self.training)
+        x = x + F.dropout(self.self_attn(self.input_layernorm(x), call), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
 
 
@@ -231,7 +255,7 @@ class EmuModel(nn.Module):
     def __init__(self, config: EmuConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(EmuLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(EmuLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -286,7 +310,7 @@ class EmuForCausalLM(PreTrainedModel):
         embeds: torch.Tensor,
         positions: torch.Tensor,
         mask: torch.Tensor | NoisyCopies | None = None,
-        cache: Any = None,
+        cache: KVCache | None = None,
         keep: int | None = None,
     ) -> torch.Tensor:
         """Run the layers over T new tokens.
@@ -313,17 +337,44 @@ class EmuForCausalLM(PreTrainedModel):
             if isinstance(mask, NoisyCopies):
                 raise ValueError("noisy copies stand beside a whole clean stream: call without a cache")
             if torch.is_grad_enabled():
-                raise ValueError("a KV cache is for inference: call under torch.no_grad(), or without a cache to train")
+                raise ValueError("a KV cache is for inference: call under torch.no_grad(), or train without a cache")
             cache.reserve(tokens)
-        past = 0 if cache is None else cache.length
-        bias, causal = _bias(mask, tokens, past, embeds)
-        rotations = _rotations(positions, self.config.head_dim, self.config.rope_theta, embeds.dtype)
+        call = self._call(embeds, positions, mask, cache)
         hidden = F.dropout(embeds, self.config.attention_dropout, self.training)
-        for index, layer in enumerate(self.model.layers):
-            hidden = layer(hidden, rotations, bias, causal, cache, index)
+        for layer in self.model.layers:
+            hidden = layer(hidden, call)
         if cache is not None:
             cache.advance(tokens if keep is None else keep)
         return self.model.norm(hidden)
+
+    def _call(
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | NoisyCopies | None,
+        cache: KVCache | None,
+    ) -> Call:
+        """What every layer needs, made once: the mask becomes an additive bias over all keys that are read."""
+        tokens = embeds.shape[1]
+        cos, sin = _rotations(positions, self.config.head_dim, self.config.rope_theta, embeds.dtype)
+        if isinstance(mask, NoisyCopies):
+            return Call(cos, sin, mask)
+        past = 0 if cache is None else cache.length
+        prefix_span, span = (0, tokens) if cache is None else cache.spans(tokens)
+        prefix_bias = None
+        if cache is not None and cache.prefix is not None and prefix_span > cache.prefix.length:
+            prefix_bias = embeds.new_zeros(1, prefix_span)
+            prefix_bias[:, cache.prefix.length :] = -torch.inf
+        causal = mask is None and tokens > 1 and span == tokens
+        if mask is None and tokens > 1 and not causal:
+            mask = torch.ones(tokens, tokens, dtype=torch.bool, device=embeds.device).tril()
+        if mask is None:
+            return Call(cos, sin, None, prefix_bias, causal, cache, span, prefix_span)
+        bias = embeds.new_zeros(*mask.shape[:-1], span)
+        bias[..., past + tokens :] = -torch.inf
+        bias[..., past + tokens - mask.shape[-1] : past + tokens].masked_fill_(~mask, -torch.inf)
+        bias = bias.unsqueeze(1) if mask.dim() == 3 else bias
+        return Call(cos, sin, bias, prefix_bias, causal, cache, span, prefix_span)
 
     def head(self, hidden: torch.Tensor, ids: slice | None = None) -> torch.Tensor:
         """Logits float32 [..., V] of hidden states [..., D]; only those of ``ids``, where given."""
@@ -367,22 +418,6 @@ class EmuForCausalLM(PreTrainedModel):
             mask = (places <= places[past:, None]) & attention_mask.bool()[:, None] | own
         hidden = self.core(embeds, position_ids, mask, past_key_values)
         return CausalLMOutputWithPast(logits=self.head(hidden), past_key_values=past_key_values)
-
-
-def _bias(
-    mask: torch.Tensor | NoisyCopies | None, tokens: int, past: int, like: torch.Tensor
-) -> tuple[torch.Tensor | NoisyCopies | None, bool]:
-    """The additive form of a mask, made once for all layers, or None and whether attention is plainly causal."""
-    if isinstance(mask, NoisyCopies):
-        return mask, False
-    if mask is None:
-        if past == 0 or tokens == 1:
-            return None, tokens > 1
-        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=like.device).tril()
-    if mask.shape[-1] == tokens and past:
-        mask = F.pad(mask, (past, 0), value=True)
-    bias = torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, float("-inf"))
-    return (bias.unsqueeze(1) if mask.dim() == 3 else bias), False
 
 
 AutoConfig.register("Emu3", EmuConfig)

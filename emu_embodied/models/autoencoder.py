@@ -38,6 +38,9 @@ class IBQConfig:
     """Codebook size K [codes]."""
     norm_groups: int = 32
     """Groups of every group norm; must divide every width [groups]."""
+    patch: int = 1
+    """Side of the square of pixels folded into channels before the first convolution and unfolded after the last; 2 or
+    4 leaves out the full-resolution levels, where a small network spends most of its time [pixels]."""
 
     def __post_init__(self) -> None:
         widths = {self.ch * multiple for multiple in self.ch_mult}
@@ -48,7 +51,7 @@ class IBQConfig:
     @property
     def cell(self) -> int:
         """Side of the square of pixels that one code stands for [pixels]."""
-        return 2 ** (len(self.ch_mult) - 1)
+        return self.patch * 2 ** (len(self.ch_mult) - 1)
 
 
 def _norm(config: IBQConfig, width: int) -> nn.GroupNorm:
@@ -158,11 +161,12 @@ class Encoder(nn.Module):
     def __init__(self, config: IBQConfig) -> None:
         super().__init__()
         widths = [config.ch * multiple for multiple in config.ch_mult]
-        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(config.in_channels * config.patch**2, config.ch, 3, padding=1)
         self.down = nn.ModuleList()
         width = config.ch
         for index, level_width in enumerate(widths):
-            attention = config.resolution // 2**index in config.attn_resolutions
+            attention = config.resolution // (config.patch * 2**index) in config.attn_resolutions
             level = Level(config, width, level_width, config.num_res_blocks, attention)
             if index < len(widths) - 1:
                 level.downsample = Downsample(level_width)
@@ -174,7 +178,7 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, z_channels, h, w]."""
-        x = self.conv_in(pixels)
+        x = self.conv_in(F.pixel_unshuffle(pixels, self.patch))
         for index, level in enumerate(self.down):
             x = level(x)
             if index < len(self.down) - 1:
@@ -193,7 +197,7 @@ class Decoder(nn.Module):
         self.mid = Middle(config, width)
         levels: list[Level] = []
         for index in reversed(range(len(widths))):
-            attention = config.resolution // 2**index in config.attn_resolutions
+            attention = config.resolution // (config.patch * 2**index) in config.attn_resolutions
             level = Level(config, width, widths[index], config.num_res_blocks + 1, attention)
             if index > 0:
                 level.upsample = Upsample(widths[index])
@@ -201,7 +205,8 @@ class Decoder(nn.Module):
             width = widths[index]
         self.up = nn.ModuleList(levels)
         self.norm_out = _norm(config, width)
-        self.conv_out = nn.Conv2d(width, config.out_ch, 3, padding=1)
+        self.patch = config.patch
+        self.conv_out = nn.Conv2d(width, config.out_ch * config.patch**2, 3, padding=1)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """[B, z_channels, h, w] -> [B, C, H, W]."""
@@ -210,4 +215,4 @@ class Decoder(nn.Module):
             x = self.up[index](x)
             if index > 0:
                 x = self.up[index].upsample(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)

@@ -168,7 +168,8 @@ class IBQ(nn.Module):
 
         The 1x1 convolution before the codebook is set to whiten its outputs, and codes become whitened outputs of one
         norm: the largest dot product is then the nearest direction, and directions are spread evenly. Without this a
-        small codebook collapses to a few codes whose rows happen to be long.
+        small codebook collapses to a few codes whose rows happen to be long. The 1x1 convolution after the codebook
+        takes the inverse, so the autoencoder without quantisation computes what it did before.
 
         Args:
             vectors: outputs of ``vectors`` for a varied batch of frames, [..., D]; several times D of them.
@@ -178,10 +179,15 @@ class IBQ(nn.Module):
         mean = z.mean(0)
         spread, axes = torch.linalg.eigh(torch.cov(z.T).view(len(mean), len(mean)))
         # Directions the encoder hardly uses are not blown up without bound.
-        whiten = axes @ torch.diag(spread.clamp_min(1e-4 * spread[-1]).clamp_min(1e-12).rsqrt()) @ axes.T
+        deviation = spread.clamp_min(1e-4 * spread[-1]).clamp_min(1e-12).sqrt()
+        whiten = axes @ torch.diag(1 / deviation) @ axes.T
         conv = self.quant_conv
         conv.weight.copy_((whiten @ conv.weight.double().flatten(1)).view_as(conv.weight))
         conv.bias.copy_(whiten @ (conv.bias.double() - mean))
+        conv = self.post_quant_conv
+        weight = conv.weight.double().flatten(1)
+        conv.bias.copy_(conv.bias.double() + weight @ mean)
+        conv.weight.copy_((weight @ axes @ torch.diag(deviation) @ axes.T).view_as(conv.weight))
         z = ((z - mean) @ whiten).to(self.codebook.dtype)
         self.codebook.copy_(_directions(z, self.config.n_embed, generator) * math.sqrt(self.config.embed_dim))
 

@@ -24,7 +24,13 @@ from emu_embodied.models.ibq import IBQ, IBQConfig, code_usage, to_pixels
 from emu_embodied.tokens.frames import IBQFrameTokenizer
 from emu_embodied.train.loop import LoopConfig, LossOutput, TrainingFailed, run_loop, schedule_progress
 
-_REWRITTEN = ("quantize.embedding.weight", "quant_conv.weight", "quant_conv.bias")
+_REWRITTEN = (
+    "quantize.embedding.weight",
+    "quant_conv.weight",
+    "quant_conv.bias",
+    "post_quant_conv.weight",
+    "post_quant_conv.bias",
+)
 """What ``IBQ.initialise_codebook`` sets by hand."""
 
 

@@ -133,7 +133,7 @@ class TrainTokenizer(_Stage):
         store = EpisodeStore.open(self.data)
         config = TokenizerTraining()
         config = replace(config, loop=self._loop(config.loop), batch=self.batch or config.batch)
-        train_tokenizer(store, row.ibq, row.cameras, config, self.out, self.resume)
+        train_tokenizer(store, row.ibq, row.cameras, config, self.out, resume=self.resume)
         print(f"tokenizer in {self.out / 'tokenizer'}; next: emu-embodied train world --data {self.data} --out {self.out}")
         return 0
 

@@ -84,7 +84,7 @@ PRESETS: dict[str, Preset] = {
         kv_heads=2,
         head_dim=32,
         ibq=IBQConfig(
-            ch=16, ch_mult=(1, 2, 3, 4), num_res_blocks=1, attn_resolutions=(), z_channels=32, embed_dim=16, n_embed=512,
+            ch=8, ch_mult=(1, 2, 4, 8), num_res_blocks=1, attn_resolutions=(), z_channels=32, embed_dim=16, n_embed=512,
             norm_groups=8, resolution=64,
         ),
     ),

@@ -47,7 +47,6 @@ _ARM_GAIN = 0.075
 _FINGER_GAIN = 0.2
 _FINGER_SPEED = 0.2
 """[m/s], from the URDF's limits."""
-_FAR_AWAY = (0.0, 0.0, -10.0)
 _NEAR, _FAR = 0.01, 4.0
 """[m] clipping planes."""
 
@@ -80,7 +79,10 @@ class BulletEngine:
         client.setPhysicsEngineParameter(deterministicOverlappingPairs=1, numSolverIterations=50)
         self._load_arm()
         self._load_table()
-        self._items = [self._load_item(shape, size) for _, shape, size in task.slots]
+        # Out of reach of all, one another included, until an episode places them.
+        self._items = [
+            self._load_item(shape, size, (0.0, 0.0, -10.0 - i)) for i, (_, shape, size) in enumerate(task.slots)
+        ]
         self._pristine = client.saveState()
 
     def _load_arm(self) -> None:
@@ -112,7 +114,7 @@ class BulletEngine:
         client.changeDynamics(table, -1, lateralFriction=0.8)
         client.setCollisionFilterGroupMask(table, -1, 1, 2)
 
-    def _load_item(self, shape: str, size: float) -> int:
+    def _load_item(self, shape: str, size: float, place: tuple[float, float, float]) -> int:
         client = self._client
         if shape == "cube":
             half = (size, size, size)
@@ -120,7 +122,7 @@ class BulletEngine:
                 engine.CUBE_DENSITY * (2 * size) ** 3,
                 client.createCollisionShape(pybullet.GEOM_BOX, halfExtents=half),
                 client.createVisualShape(pybullet.GEOM_BOX, halfExtents=half),
-                basePosition=_FAR_AWAY,
+                basePosition=place,
             )
             # Bullet multiplies the two frictions: 0.75 * 0.8 on the table is MuJoCo's 0.6.
             client.changeDynamics(body, -1, lateralFriction=0.75, spinningFriction=0.002)
@@ -128,10 +130,10 @@ class BulletEngine:
             return body
         if shape == "disc":
             look = client.createVisualShape(pybullet.GEOM_CYLINDER, radius=size, length=0.002)
-            return client.createMultiBody(0.0, -1, look, basePosition=_FAR_AWAY)
-        return self._load_ball(size)
+            return client.createMultiBody(0.0, -1, look, basePosition=place)
+        return self._load_ball(size, place)
 
-    def _load_ball(self, radius: float) -> int:
+    def _load_ball(self, radius: float, place: tuple[float, float, float]) -> int:
         client = self._client
         look = client.createVisualShape(pybullet.GEOM_SPHERE, radius=radius)
         stand = client.createVisualShape(
@@ -145,7 +147,7 @@ class BulletEngine:
             0.0,
             -1,
             look,
-            basePosition=_FAR_AWAY,
+            basePosition=place,
             linkMasses=[0.0],
             linkCollisionShapeIndices=[-1],
             linkVisualShapeIndices=[stand],
@@ -161,6 +163,7 @@ class BulletEngine:
     def reset(self, scene: Scene, joints: np.ndarray) -> None:
         """See ``ArmEngine``. Starts from the state after loading, so nothing of the last episode is left in Bullet."""
         client = self._client
+        self._forget_contacts()
         client.restoreState(self._pristine)
         for joint, angle in zip(self._arm, joints.tolist(), strict=True):
             client.resetJointState(self._robot, joint, angle)
@@ -171,6 +174,11 @@ class BulletEngine:
             client.resetBasePositionAndOrientation(body, item.xyz, turn)
             client.resetBaseVelocity(body, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
             client.changeVisualShape(body, -1, rgbaColor=(*COLOURS[item.colour], 1.0))
+
+    def _forget_contacts(self) -> None:
+        """Take one step with the cubes out of reach: Bullet's contacts outlive the restoring of a state without them."""
+        self._client.restoreState(self._pristine)
+        self._client.stepSimulation()
 
     def advance(self, joints: np.ndarray, opening: float) -> None:
         """See ``ArmEngine``."""
@@ -252,6 +260,7 @@ class BulletEngine:
         """
         if snapshot.client is not self._client:
             raise ValueError("a Bullet snapshot can only be restored in the environment that took it")
+        self._forget_contacts()
         self._client.restoreState(snapshot.state)
 
     def close(self) -> None:

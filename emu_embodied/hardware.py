@@ -85,7 +85,8 @@ def describe_hardware(*, with_torch: bool | None = None) -> Hardware:
         with_torch: whether to ask torch for threads and CUDA devices (importing it takes a second or more). None: only
             if the process has imported it anyway.
     """
-    threads, accelerators = None, ()
+    threads: int | None = None
+    accelerators: tuple[Accelerator, ...] = ()
     if with_torch or (with_torch is None and "torch" in sys.modules):
         import torch
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from emu_embodied.data.episodes import EpisodeStore
+from emu_embodied.data.split import held_out_episodes
 from emu_embodied.files import write_atomically
 from emu_embodied.records import Episode
 from emu_embodied.tokens.frames import IBQFrameTokenizer
@@ -75,16 +76,13 @@ class TokenDataset:
     length_E: torch.Tensor
 
     def split(self, held_out: float) -> tuple[TokenDataset, TokenDataset]:
-        """(training, held-out): whole episodes, every round(1 / held_out)-th is held out.
+        """(training, held-out): whole episodes, chosen by ``held_out_episodes``.
 
         Raises:
-            ValueError: if either part would be empty.
+            ValueError: if there are fewer than two episodes.
         """
-        stride = max(2, round(1 / held_out))
         index = torch.arange(len(self.length_E))
-        kept = index % stride == stride - 1
-        if not kept.any():
-            raise ValueError(f"{len(index)} episodes are too few: at least {stride} are needed to hold one out")
+        kept = torch.from_numpy(held_out_episodes(len(index), held_out))
         return self._episodes(index[~kept]), self._episodes(index[kept])
 
     def _episodes(self, chosen: torch.Tensor) -> TokenDataset:

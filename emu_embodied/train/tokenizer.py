@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from emu_embodied.data.episodes import EpisodeStore
+from emu_embodied.data.split import held_out_episodes
 from emu_embodied.models.ibq import IBQ, IBQConfig, code_usage, to_pixels
 from emu_embodied.tokens.frames import IBQFrameTokenizer
 from emu_embodied.train.loop import LoopConfig, LossOutput, TrainingFailed, run_loop, schedule_progress
@@ -155,10 +156,7 @@ def load_frames(store: EpisodeStore, cameras: tuple[str, ...], config: Tokenizer
         ValueError: if there are too few episodes to hold one out.
     """
     index = np.arange(len(store))
-    stride = max(2, round(1 / config.held_out))
-    held = index % stride == stride - 1
-    if not held.any():
-        raise ValueError(f"{store.folder} has {len(index)} episodes: at least {stride} are needed to hold one out")
+    held = held_out_episodes(len(index), config.held_out)
     generator = np.random.default_rng(config.loop.seed)
     frames, camera = _draw_frames(store, index[~held], cameras, config.max_frames, generator)
     background = torch.stack([_median(frames[camera == number]) for number in range(len(cameras))])

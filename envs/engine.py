@@ -70,7 +70,9 @@ class Camera:
 CAMERAS: dict[str, Camera] = {
     "front": Camera((1.02, 0.0, 0.62), (0.455, 0.0, 0.09), (0.0, 0.0, 1.0), 32.5),
     "wrist": Camera((0.085, 0.0, 0.02), (0.03, 0.0, 0.13), (-1.0, 0.0, 0.0), 75.0, link="panda_hand"),
+    "overview": Camera((1.30, -0.85, 0.80), (0.27, 0.0, 0.24), (0.0, 0.0, 1.0), 40.0),
 }
+"""``front`` and ``wrist`` are the robot's eyes; ``overview`` shows the whole arm to people."""
 
 
 class ArmEngine(Protocol):

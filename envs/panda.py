@@ -130,9 +130,9 @@ class PandaEnv(gymnasium.Env):
         info = self._info()
         return self._gym_observation(), reward, False, self._elapsed >= self.max_episode_steps, info
 
-    def render(self) -> np.ndarray:
-        """The front camera's picture, uint8 [size, size, 3]."""
-        return self._engine.render("front")
+    def render(self, camera: str = "front") -> np.ndarray:
+        """A camera's picture of the current state, uint8 [size, size, 3]."""
+        return self._engine.render(camera)
 
     def close(self) -> None:
         """Free the engine."""

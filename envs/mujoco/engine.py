@@ -107,7 +107,7 @@ class MujocoEngine:
         flags = renderer.scene.flags
         flags[mujoco.mjtRndFlag.mjRND_SHADOW] = self._pretty
         flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = self._pretty
-        flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = False
+        flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = self._pretty
         flags[mujoco.mjtRndFlag.mjRND_HAZE] = False
         return renderer
 

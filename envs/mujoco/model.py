@@ -27,7 +27,8 @@ def build_model(task: Task, *, pretty: bool) -> mujoco.MjModel:
     folder = panda_folder()
     urdf = (folder / "panda.urdf").read_text().replace("package://", "")
     # The URDF's loader knows meshes by the path written in it, so they are handed over under those names.
-    meshes = {name: (folder / name).read_bytes() for name in set(re.findall(r'mesh filename="([^"]+)"', urdf))}
+    names = set(re.findall(r'mesh filename="([^"]+)"', urdf))
+    meshes = {name: _one_part((folder / name).read_bytes()) for name in names if pretty or "/collision/" in name}
     spec = mujoco.MjSpec.from_string(urdf, assets=meshes)
     spec.compiler.fusestatic = False
     spec.compiler.discardvisual = False  # here "visual" is all that does not collide, most of the arm included
@@ -37,11 +38,18 @@ def build_model(task: Task, *, pretty: bool) -> mujoco.MjModel:
     spec.option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC
     spec.option.jacobian = mujoco.mjtJacobian.mjJAC_SPARSE  # a quarter faster here
     _dress_arm(spec)
+    if pretty:
+        _add_fine_meshes(spec, names)
     _add_table(spec)
     for name, shape, size in task.slots:
         _add_item(spec, name, shape, size)
     _add_cameras_and_lights(spec, pretty=pretty)
     return spec.compile()
+
+
+def _one_part(obj: bytes) -> bytes:
+    """An OBJ file without its division into parts, of which MuJoCo would load the first."""
+    return re.sub(rb"(?m)^(o|g|s|usemtl|mtllib) .*$", b"", obj)
 
 
 def _dress_arm(spec: mujoco.MjSpec) -> None:
@@ -77,6 +85,29 @@ def _dress_arm(spec: mujoco.MjSpec) -> None:
     for name in ("panda_finger_joint1", "panda_finger_joint2"):
         _add_servo(spec, name, engine.FINGER_STIFFNESS, engine.FINGER_DAMPING, engine.FINGER_EFFORT)
     spec.body("panda_hand").add_site(name="tool", pos=(0.0, 0.0, 0.105), group=4)
+
+
+def _add_fine_meshes(spec: mujoco.MjSpec, names: set[str]) -> None:
+    """Show the URDF's visual meshes (a hundred times the faces) instead of those it collides with; no mass, no contacts."""
+    for body in spec.bodies:
+        for coarse in [geom for geom in body.geoms if geom.meshname]:
+            file = f"meshes/visual/{coarse.meshname}.obj"
+            if file not in names:
+                continue
+            fine = f"fine_{coarse.meshname}"
+            if all(mesh.name != fine for mesh in spec.meshes):
+                spec.add_mesh(name=fine, file=file)
+            body.add_geom(
+                type=mujoco.mjtGeom.mjGEOM_MESH,
+                meshname=fine,
+                pos=coarse.pos,
+                quat=coarse.quat,
+                rgba=coarse.rgba,
+                contype=0,
+                conaffinity=0,
+                mass=0.0,
+            )
+            coarse.group = 3
 
 
 def _add_servo(spec: mujoco.MjSpec, joint: str, stiffness: float, damping: float, effort: float) -> None:
@@ -145,17 +176,31 @@ def _add_cameras_and_lights(spec: mujoco.MjSpec, *, pretty: bool) -> None:
     for name, camera in engine.CAMERAS.items():
         body = spec.body(camera.link) if camera.link else spec.worldbody
         body.add_camera(name=name, pos=camera.position, quat=_look_at(camera), fovy=camera.fovy)
-    spec.visual.quality.offsamples = 8 if pretty else 0
-    spec.visual.quality.shadowsize = 4096 if pretty else 1024
     spec.visual.map.znear = 0.004  # times the model's extent: the wrist camera is close to the hand
-    spec.visual.headlight.ambient = (0.35, 0.35, 0.35)
+    spec.visual.quality.offsamples = 4 if pretty else 0
+    spec.visual.quality.shadowsize = 4096 if pretty else 1024
+    shade = 0.5 if pretty else 0.35  # brighter where shadows darken the picture
+    spec.visual.headlight.ambient = (shade, shade, shade)
     spec.visual.headlight.diffuse = (0.25, 0.25, 0.25)
     spec.visual.headlight.specular = (0.1, 0.1, 0.1)
+    if pretty:
+        sky = mujoco.mjtTexture.mjTEXTURE_SKYBOX, mujoco.mjtBuiltin.mjBUILTIN_GRADIENT
+        spec.add_texture(
+            name="sky",
+            type=sky[0],
+            builtin=sky[1],
+            rgb1=(0.93, 0.95, 0.97),
+            rgb2=(0.62, 0.70, 0.80),
+            width=256,
+            height=256,
+        )
+    strength = 0.4 if pretty else 0.55
     spec.worldbody.add_light(
-        pos=(0.9, -0.8, 1.8),
-        dir=(-0.35, 0.5, -1.0),
-        diffuse=(0.55, 0.55, 0.55),
+        pos=(1.3, -0.9, 1.8) if pretty else (0.9, -0.8, 1.8),
+        dir=(-0.9, 0.85, -1.75) if pretty else (-0.35, 0.5, -1.0),
+        diffuse=(strength, strength, strength),
         specular=(0.2, 0.2, 0.2),
+        cutoff=40.0 if pretty else 45.0,
         castshadow=pretty,
     )
 

@@ -189,7 +189,7 @@ def summarise(
 
 def bench(
     env_ids: Iterable[str],
-    specs: Iterable[PolicySpec],
+    specs: Sequence[PolicySpec],
     *,
     episodes: int,
     seed: int,
@@ -208,34 +208,30 @@ def bench(
         make_simulator: makes the simulator of an id, in the processes that run it.
         workers: processes of one thread each.
         kept: rows of an earlier run; one with the same settings is taken instead of running it again.
-        on_row: called with all rows so far after each new one, to save them.
+        on_row: called after each new row with all that are known, to save them.
     """
-    specs = tuple(specs)
-    rows: list[BenchRow] = []
-    for env_id in env_ids:
-        for spec in specs:
-            settings = _settings(spec, seed)
-            same = [
-                row
-                for row in kept
-                if (row.env, row.policy, row.episodes, row.settings) == (env_id, spec.name, episodes, settings)
-            ]
-            if same:
-                rows.append(same[0])
-                continue
-            results = run_episodes(
-                env_id,
-                spec.build,
-                seeds=range(seed, seed + episodes),
-                make_simulator=make_simulator,
-                render=spec.imagines,
-                workers=workers,
-                label=f"{env_id} {spec.name}",
-            )
-            rows.append(summarise(env_id, spec.name, results, settings))
-            if on_row is not None:
-                on_row(list(rows))
-    return rows
+    wanted = [(env_id, spec, _settings(spec, seed)) for env_id in env_ids for spec in specs]
+    rows: dict[int, BenchRow] = {}
+    for place, (env_id, spec, settings) in enumerate(wanted):
+        for row in kept:
+            if (row.env, row.policy, row.episodes, row.settings) == (env_id, spec.name, episodes, settings):
+                rows[place] = row
+    for place, (env_id, spec, settings) in enumerate(wanted):
+        if place in rows:
+            continue
+        results = run_episodes(
+            env_id,
+            spec.build,
+            seeds=range(seed, seed + episodes),
+            make_simulator=make_simulator,
+            render=spec.imagines,
+            workers=workers,
+            label=f"{env_id} {spec.name}",
+        )
+        rows[place] = summarise(env_id, spec.name, results, settings)
+        if on_row is not None:
+            on_row([rows[known] for known in sorted(rows)])
+    return [rows[place] for place in sorted(rows)]
 
 
 def _settings(spec: PolicySpec, seed: int) -> dict[str, Any]:

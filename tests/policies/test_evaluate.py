@@ -75,6 +75,9 @@ def test_rows_are_reused_only_with_the_same_settings():
     assert [len(state) for state in saved] == [1, 2]
     marked = [replace(row, return_mean=-1.0) for row in rows]
     assert bench(["PointMass-v0"], [RANDOM, TRUE], seed=0, kept=marked, **run) == marked
+    saved.clear()
+    bench(["PointMass-v0"], [RANDOM, TRUE], seed=0, kept=marked[1:], on_row=saved.append, **run)
+    assert [[row.policy for row in state] for state in saved] == [["random", "true"]]  # a kill loses no kept row
     dearer = replace(TRUE, budget=replace(TRUE.budget, samples=13))
     again = bench(["PointMass-v0"], [RANDOM, dearer], seed=0, kept=marked, **run)
     assert [row.return_mean == -1.0 for row in again] == [True, False]

@@ -8,6 +8,8 @@ import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -87,7 +89,15 @@ class BulletEngine:
 
     def _load_arm(self) -> None:
         client = self._client
-        self._robot = client.loadURDF(str(panda_folder() / "panda.urdf"), useFixedBase=True)
+        folder = panda_folder()
+        urdf = (folder / "panda.urdf").read_text().replace("package://", f"{folder}/")
+        if not self._pretty:
+            # The meshes it collides with look much the same at 64 px and have a hundredth of the faces.
+            urdf = urdf.replace("meshes/visual/", "meshes/collision/")
+        with TemporaryDirectory() as scratch:
+            path = Path(scratch) / "panda.urdf"
+            path.write_text(urdf)
+            self._robot = client.loadURDF(str(path), useFixedBase=True)
         links = {"panda_link0": -1}
         joints = {}
         for i in range(client.getNumJoints(self._robot)):

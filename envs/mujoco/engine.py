@@ -26,7 +26,7 @@ class MujocoEngine:
     """
 
     def __init__(self, task: Task, *, image_size: int = 64, pretty: bool = False) -> None:
-        self._model = build_model(task, pretty=pretty)
+        self._model = build_model(task, image_size=image_size, pretty=pretty)
         self._data = mujoco.MjData(self._model)
         self._size = image_size
         self._pretty = pretty

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes.util
+import importlib
 import os
+import sys
 
 GL_HELP = (
     "no off-screen OpenGL was found: on Debian or Ubuntu run `apt-get install -y libegl1 libgl1` "
@@ -29,4 +31,8 @@ def choose_gl() -> str | None:
         os.environ["MUJOCO_GL"] = found or "disable"
         if found == "egl":
             os.environ.setdefault("PYOPENGL_PLATFORM", "egl")
+        chooser = sys.modules.get("mujoco.rendering.classic.gl_context")
+        if chooser is not None:
+            # MuJoCo was imported before and has settled on a window system; it looks again when this module is reloaded.
+            importlib.reload(chooser)
     return os.environ.get("MUJOCO_GL")

@@ -17,12 +17,13 @@ _TABLE, _CUBE, _EFFECTOR = 1, 2, 4
 """Collision bits."""
 
 
-def build_model(task: Task, *, pretty: bool) -> mujoco.MjModel:
+def build_model(task: Task, *, image_size: int, pretty: bool) -> mujoco.MjModel:
     """Compile the world of a task.
 
     Args:
         task: gives the items; where they are and their colours come with every episode.
-        pretty: shadows and antialiasing, for pictures that people look at.
+        image_size: edge of the largest picture that will be drawn [px].
+        pretty: fine meshes, shadows and antialiasing, for pictures that people look at.
     """
     folder = panda_folder()
     urdf = (folder / "panda.urdf").read_text().replace("package://", "")
@@ -43,7 +44,7 @@ def build_model(task: Task, *, pretty: bool) -> mujoco.MjModel:
     _add_table(spec)
     for name, shape, size in task.slots:
         _add_item(spec, name, shape, size)
-    _add_cameras_and_lights(spec, pretty=pretty)
+    _add_cameras_and_lights(spec, image_size=image_size, pretty=pretty)
     return spec.compile()
 
 
@@ -172,10 +173,11 @@ def _add_item(spec: mujoco.MjSpec, name: str, shape: str, size: float) -> None:
         )
 
 
-def _add_cameras_and_lights(spec: mujoco.MjSpec, *, pretty: bool) -> None:
+def _add_cameras_and_lights(spec: mujoco.MjSpec, *, image_size: int, pretty: bool) -> None:
     for name, camera in engine.CAMERAS.items():
         body = spec.body(camera.link) if camera.link else spec.worldbody
         body.add_camera(name=name, pos=camera.position, quat=_look_at(camera), fovy=camera.fovy)
+    spec.visual.global_.offwidth = spec.visual.global_.offheight = image_size
     spec.visual.map.znear = 0.004  # times the model's extent: the wrist camera is close to the hand
     spec.visual.quality.offsamples = 4 if pretty else 0
     spec.visual.quality.shadowsize = 4096 if pretty else 1024

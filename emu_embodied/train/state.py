@@ -108,7 +108,11 @@ def load_state(
     for name, parameter in module.named_parameters():
         if f"exp_avg.{name}" not in tensors:
             continue
-        optimizer.state[parameter] = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
+        # The fused optimizer walks through memory: its moments need the parameter's own layout (channels last or not).
+        optimizer.state[parameter] = {
+            moment: torch.empty_like(parameter, requires_grad=False).copy_(tensors[f"{moment}.{name}"])
+            for moment in ("exp_avg", "exp_avg_sq")
+        } | {"step": tensors[f"step.{name}"].to(parameter.device)}
     return progress
 
 

@@ -314,11 +314,10 @@ def _draw_frames(
         for number, camera in enumerate(cameras):
             for frame in episode.frames[camera]:
                 seen += 1
-                place = len(kept) if len(kept) < limit else int(generator.integers(seen))
-                if place == len(kept):
+                if len(kept) < limit:
                     kept.append(frame.copy())
                     camera_of.append(number)
-                elif place < limit:
+                elif (place := int(generator.integers(seen))) < limit:
                     kept[place] = frame.copy()
                     camera_of[place] = number
     if not kept:

@@ -46,4 +46,5 @@ def test_revision_is_the_checkouts_own(tmp_path: Path) -> None:
     assert code_revision(tmp_path) == f"{head}-dirty"
     inside = tmp_path / ".venv" / "site-packages"
     inside.mkdir(parents=True)
+    (inside / "pyproject.toml").write_text("c")
     assert code_revision(inside) is None, "a repository around an installed package is not its own"

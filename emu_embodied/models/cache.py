@@ -5,7 +5,7 @@ Shapes: layers x [B or S, kv heads, capacity, head dim].
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -149,3 +149,41 @@ class KVCache:
             copy.values[layer][:, :, : self.length] = self.values[layer][:, :, : self.length]
         copy.length = self.length
         return copy
+
+
+class BorrowedCache:
+    """A cache of transformers behind the interface of ``KVCache``, so that its ``generate`` works.
+
+    Args:
+        cache: any of transformers' caches with ``update`` and ``get_seq_length``.
+    """
+
+    prefix = None
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.length = int(cache.get_seq_length())
+
+    @property
+    def total_length(self) -> int:
+        """Tokens that a new token sees."""
+        return self.length
+
+    def reserve(self, tokens: int) -> None:
+        """Nothing to check: it grows, or complains, by itself."""
+
+    def spans(self, tokens: int) -> tuple[int, int]:
+        """Keys read for ``tokens`` new tokens: none of a prefix, all own ones."""
+        return 0, self.length + tokens
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, span: int) -> KeyValue:
+        """See ``KVCache.write``."""
+        keys, values = self.cache.update(key, value, layer)
+        return keys[:, :, :span], values[:, :, :span]
+
+    def shared(self, layer: int, span: int) -> KeyValue | None:
+        """There is no prefix."""
+        return None
+
+    def advance(self, tokens: int) -> None:
+        """It counts by itself."""

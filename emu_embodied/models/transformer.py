@@ -9,244 +9,23 @@ Shape letters: B batch, T new tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from emu_embodied.models.attention import attend, attend_with_copies
-from emu_embodied.models.cache import KVCache
+from emu_embodied.files import write_json
+from emu_embodied.models.cache import BorrowedCache, KVCache
+from emu_embodied.models.checkpoints import compare_shapes, read_config, read_folder_shapes
+from emu_embodied.models.config import EmuConfig
+from emu_embodied.models.layers import ActionEmbedding, Call, EmuLayer, RMSNorm, rotations
 from emu_embodied.models.masks import NoisyCopies
-
-
-class EmuConfig(PretrainedConfig):
-    """Shape of the backbone; the fields and names of an official ``config.json``.
-
-    Args:
-        vocab_size: token ids [tokens].
-        hidden_size: width D of the residual stream.
-        intermediate_size: width of the SwiGLU.
-        num_hidden_layers: layers.
-        num_attention_heads: query heads.
-        num_key_value_heads: key-value heads, a divisor of the query heads.
-        head_dim: width of one head, even.
-        rms_norm_eps: added to the mean square.
-        rope_theta: base of the rotary frequencies.
-        rope_scaling: always None, as released.
-        max_position_embeddings: longest sequence meant to be read [tokens].
-        attention_dropout: in training, on attention weights, both branches of a layer and the embeddings (as released).
-        initializer_range: standard deviation of new weights.
-        action_dim: A, dims of one action; 0 for a model that knows no continuous actions (the official one).
-        action_block: K, actions of a block; 0 as above.
-        **kwargs: token ids and whatever else an official file holds; kept and written back.
-
-    Raises:
-        ValueError: for a shape that cannot be built.
-    """
-
-    model_type = "Emu3"
-    keys_to_ignore_at_inference = ("past_key_values",)
-
-    def __init__(
-        self,
-        vocab_size: int = 282_926,
-        hidden_size: int = 5120,
-        intermediate_size: int = 25_600,
-        num_hidden_layers: int = 64,
-        num_attention_heads: int = 64,
-        num_key_value_heads: int = 8,
-        head_dim: int = 128,
-        rms_norm_eps: float = 1e-6,
-        rope_theta: float = 1_000_000.0,
-        rope_scaling: None = None,
-        max_position_embeddings: int = 32_768,
-        attention_dropout: float = 0.0,
-        initializer_range: float = 0.02,
-        bos_token_id: int | None = 151_849,
-        eos_token_id: int | None = 151_850,
-        pad_token_id: int | None = 151_643,
-        tie_word_embeddings: bool = False,
-        action_dim: int = 0,
-        action_block: int = 0,
-        **kwargs: Any,
-    ) -> None:
-        if rope_scaling is not None:
-            raise ValueError(f"rope_scaling {rope_scaling} is not supported: Emu3.5 has none")
-        super().__init__(**kwargs)
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
-        self.max_position_embeddings = max_position_embeddings
-        self.attention_dropout = attention_dropout
-        self.initializer_range = initializer_range
-        self.bos_token_id = bos_token_id
-        self.eos_token_id = eos_token_id
-        self.pad_token_id = pad_token_id
-        self.tie_word_embeddings = tie_word_embeddings
-        self.action_dim = action_dim
-        self.action_block = action_block
-        if num_attention_heads % num_key_value_heads:
-            raise ValueError(
-                f"{num_attention_heads} query heads cannot share {num_key_value_heads} key-value heads evenly"
-            )
-        if head_dim % 2:
-            raise ValueError(f"head_dim {head_dim} must be even: RoPE rotates pairs")
-        if tie_word_embeddings:
-            raise ValueError("Emu3.5's head is not tied to its embedding: set tie_word_embeddings to False")
-        if (action_dim > 0) != (action_block > 0):
-            raise ValueError(
-                f"action_dim {action_dim} and action_block {action_block} must both be positive or both be 0"
-            )
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, in float32."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., width] -> [..., width]."""
-        # A norm is one pass over x where a mean of squares is two, and this runs on every token of every candidate.
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return (x * torch.rsqrt(norm * norm / x.shape[-1] + self.eps)).to(x.dtype) * self.weight
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What all layers share in one call of ``core``.
-
-    Attributes:
-        cos: cosines [1 or B, T, 1, head dim] of the rotary angles, the same in both halves of a head.
-        sin: sines, negative in the first half.
-        bias: added to the scores of own keys; or the copies that say which to compute; or None.
-        prefix_bias: added to the scores of the prefix's keys, or None.
-        causal: plain causal attention among new tokens, no bias needed.
-        cache: where new keys and values go, or None.
-        span: own keys read from the cache.
-        prefix_span: keys read from its prefix.
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    bias: torch.Tensor | NoisyCopies | None = None
-    prefix_bias: torch.Tensor | None = None
-    causal: bool = False
-    cache: KVCache | None = None
-    span: int = 0
-    prefix_span: int = 0
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Call:
-        """The same for a layer that lives on another device (models spread over several)."""
-        moved = {
-            name: value.to(device, non_blocking=non_blocking)
-            for name in ("cos", "sin", "bias", "prefix_bias")
-            if isinstance(value := getattr(self, name), torch.Tensor)
-        }
-        return replace(self, **moved)
-
-
-def _rotations(
-    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``Call.cos`` and ``Call.sin`` of positions [T] or [B, T]."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.view(-1, positions.shape[-1], 1, 1).float() * (1.0 / theta**exponents)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-
-
-def _rotate(x: torch.Tensor, call: Call) -> torch.Tensor:
-    """RoPE: the first half of a head [..., head dim] are real parts, the second half imaginary parts."""
-    half = x.shape[-1] // 2
-    swapped = torch.cat([x[..., half:], x[..., :half]], -1)
-    return torch.addcmul(x * call.cos, swapped, call.sin)
-
-
-class EmuAttention(nn.Module):
-    """Grouped-query attention with per-head norm of queries and keys, then RoPE."""
-
-    def __init__(self, config: EmuConfig, layer: int) -> None:
-        super().__init__()
-        width, head = config.hidden_size, config.head_dim
-        self.layer = layer
-        self.head_dim = head
-        self.dropout = config.attention_dropout
-        self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=False)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=False)
-        self.q_norm = RMSNorm(head, config.rms_norm_eps)
-        self.k_norm = RMSNorm(head, config.rms_norm_eps)
-
-    def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        shape = (*x.shape[:2], -1, self.head_dim)
-        query = _rotate(self.q_norm(self.q_proj(x).view(shape)), call)
-        key = _rotate(self.k_norm(self.k_proj(x).view(shape)), call).transpose(1, 2)
-        value = self.v_proj(x).view(shape).transpose(1, 2)
-        dropout = self.dropout if self.training else 0.0
-        if isinstance(call.bias, NoisyCopies):
-            mixed = attend_with_copies(query, key, value, call.bias, dropout=dropout)
-        else:
-            prefix = None
-            if call.cache is not None:
-                prefix = call.cache.shared(self.layer, call.prefix_span)
-                key, value = call.cache.write(self.layer, key, value, call.span)
-            mixed = attend(
-                query,
-                key,
-                value,
-                call.bias,
-                causal=call.causal,
-                prefix=prefix,
-                prefix_bias=call.prefix_bias,
-                dropout=dropout,
-            )
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
-
-
-class EmuMLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: EmuConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., D]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class EmuLayer(nn.Module):
-    """Attention, then MLP, each on a normed copy and added to the stream."""
-
-    def __init__(self, config: EmuConfig, layer: int) -> None:
-        super().__init__()
-        self.self_attn = EmuAttention(config, layer)
-        self.mlp = EmuMLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.dropout = config.attention_dropout
-
-    def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        x = x + F.dropout(self.self_attn(self.input_layernorm(x), call), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
 
 
 class EmuModel(nn.Module):
@@ -259,24 +38,7 @@ class EmuModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class ActionEmbedding(nn.Module):
-    """Continuous embedding of an action block, added to every token of the state it leads to.
-
-    Action tokens alone are too weak a condition: models learn to ignore them. The last layer starts at zero, so that a
-    model which never saw an action is unchanged by it (iVideoGPT).
-    """
-
-    def __init__(self, config: EmuConfig) -> None:
-        super().__init__()
-        self.up = nn.Linear(config.action_block * config.action_dim, config.hidden_size)
-        self.down = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, actions: torch.Tensor) -> torch.Tensor:
-        """Action blocks [..., K, A] in [-1, 1] -> [..., D]."""
-        return self.down(F.silu(self.up(actions.flatten(-2))))
-
-
-class EmuForCausalLM(PreTrainedModel):
+class EmuForCausalLM(PreTrainedModel, GenerationMixin):
     """Emu3.5's transformer with its head, readable and writable as an official folder.
 
     Two entries: ``forward`` is the calling convention of transformers; ``core`` and ``head`` are what our decoders and
@@ -285,9 +47,10 @@ class EmuForCausalLM(PreTrainedModel):
 
     config_class = EmuConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ("EmuLayer",)
+    _keys_to_ignore_on_load_unexpected = (r"rotary_emb\.inv_freq",)
 
     def __init__(self, config: EmuConfig) -> None:
         super().__init__(config)
@@ -301,6 +64,59 @@ class EmuForCausalLM(PreTrainedModel):
         if self.action_embedding is not None and module is self.action_embedding.down:
             nn.init.zeros_(module.weight)
 
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *args: Any, **kwargs: Any) -> EmuForCausalLM:
+        """Read an official folder, or one of ours, as it is.
+
+        Args:
+            folder: holds ``config.json`` and ``model.safetensors`` or its shards.
+            *args: as transformers' ``from_pretrained``.
+            **kwargs: likewise (``dtype``, ``device_map``, ``quantization_config`` ...). ``action_dim`` and
+                ``action_block`` give a model without an action embedding a new one, which at first changes nothing.
+
+        Raises:
+            ValueError: naming the file that is missing, damaged, or of another model, before memory is spent.
+        """
+        folder = Path(folder)
+        content = read_config(folder)
+        if content.get("model_type") != EmuConfig.model_type:
+            raise ValueError(
+                f"{folder / 'config.json'} describes a {content.get('model_type')!r} model, "
+                f"not a {EmuConfig.model_type!r} (Emu3.5) backbone"
+            )
+        try:
+            with torch.device("meta"):
+                model = cls(EmuConfig(**content))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{folder / 'config.json'} describes no model that can be built: {error}") from error
+        if "quantization_config" not in content:
+            stored = read_folder_shapes(folder)
+            rotary = [name for name in stored if name.endswith("rotary_emb.inv_freq")]
+            compare_shapes(model, {name: stored[name] for name in stored.keys() - rotary}, folder)
+        return super().from_pretrained(folder, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write a folder that the official code can read too; every file is whole or absent.
+
+        Args:
+            save_directory: where; weights already there are replaced.
+            **kwargs: as transformers' ``save_pretrained`` (``max_shard_size`` ...).
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".saving-", suffix=".tmp") as aside:
+            super().save_pretrained(aside, **kwargs)
+            config = read_config(Path(aside))
+            # The names that the official code and its serving patches look for.
+            config |= {"architectures": ["Emu3ForCausalLM"], "torch_dtype": config.get("dtype", "float32")}
+            write_json(Path(aside) / "config.json", config)
+            written = sorted(Path(aside).iterdir(), key=lambda path: path.name == "config.json")
+            stale = {*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")}
+            for path in written:
+                os.replace(path, folder / path.name)
+            for path in stale - {folder / path.name for path in written}:
+                path.unlink()
+
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [...] -> embeddings [..., D]."""
         return self.model.embed_tokens(tokens)
@@ -310,7 +126,7 @@ class EmuForCausalLM(PreTrainedModel):
         embeds: torch.Tensor,
         positions: torch.Tensor,
         mask: torch.Tensor | NoisyCopies | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | BorrowedCache | None = None,
         keep: int | None = None,
     ) -> torch.Tensor:
         """Run the layers over T new tokens.
@@ -336,7 +152,7 @@ class EmuForCausalLM(PreTrainedModel):
         if cache is not None:
             if isinstance(mask, NoisyCopies):
                 raise ValueError("noisy copies stand beside a whole clean stream: call without a cache")
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and isinstance(cache, KVCache):
                 raise ValueError("a KV cache is for inference: call under torch.no_grad(), or train without a cache")
             cache.reserve(tokens)
         call = self._call(embeds, positions, mask, cache)
@@ -352,11 +168,11 @@ class EmuForCausalLM(PreTrainedModel):
         embeds: torch.Tensor,
         positions: torch.Tensor,
         mask: torch.Tensor | NoisyCopies | None,
-        cache: KVCache | None,
+        cache: KVCache | BorrowedCache | None,
     ) -> Call:
         """What every layer needs, made once: the mask becomes an additive bias over all keys that are read."""
         tokens = embeds.shape[1]
-        cos, sin = _rotations(positions, self.config.head_dim, self.config.rope_theta, embeds.dtype)
+        cos, sin = rotations(positions, self.config.head_dim, self.config.rope_theta, embeds.dtype)
         if isinstance(mask, NoisyCopies):
             return Call(cos, sin, mask)
         past = 0 if cache is None else cache.length
@@ -389,35 +205,52 @@ class EmuForCausalLM(PreTrainedModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int = 0,
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """Causal logits in transformers' convention.
 
         Args:
             input_ids: int64 [B, T], or give ``inputs_embeds``.
-            attention_mask: [B, past + T], 0 for padding; None if there is none.
+            attention_mask: [B, past + T], 0 for padding; None if there is none. Or ready made, [B, 1, T, past + T]:
+                bool, or float added to the scores.
             position_ids: int64 [B, T] or [T]; by default counted from what ``past_key_values`` holds.
-            past_key_values: a ``KVCache`` to read and append to.
+            past_key_values: a ``KVCache`` or a transformers cache, read and appended to.
             inputs_embeds: [B, T, D] instead of ids.
+            labels: int64 [B, T], next-token targets (shifted here), -100 for none.
+            logits_to_keep: only the last so many logits are computed; 0 for all.
 
         Returns:
-            Output with ``logits`` float32 [B, T, V] and the cache given.
+            Output with ``logits`` float32 [B, T or logits_to_keep, V], the cache given and, with labels, ``loss``.
+
+        Raises:
+            ValueError: if not exactly one of ids and embeddings is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embeds = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         tokens = embeds.shape[1]
-        past = 0 if past_key_values is None else past_key_values.total_length
+        borrowed = past_key_values is not None and not isinstance(past_key_values, KVCache)
+        cache = BorrowedCache(past_key_values) if borrowed else past_key_values
+        past = 0 if cache is None else cache.total_length
         if position_ids is None:
             position_ids = torch.arange(past, past + tokens, device=embeds.device)
         mask = None
-        if attention_mask is not None and not attention_mask.all():
+        if attention_mask is not None and attention_mask.dim() == 4:
+            mask = attention_mask[:, 0, :, : past + tokens]
+            mask = mask if mask.dtype == torch.bool else mask == 0
+        elif attention_mask is not None and not attention_mask.all():
             places = torch.arange(past + tokens, device=embeds.device)
             # A padding query sees itself, so that its softmax is defined; nobody reads it.
             own = places == places[past:, None]
             mask = (places <= places[past:, None]) & attention_mask.bool()[:, None] | own
-        hidden = self.core(embeds, position_ids, mask, past_key_values)
-        return CausalLMOutputWithPast(logits=self.head(hidden), past_key_values=past_key_values)
+        hidden = self.core(embeds, position_ids, mask, cache)
+        logits = self.head(hidden[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
 
 AutoConfig.register("Emu3", EmuConfig)

@@ -26,6 +26,7 @@ class ByteTokenizer:
         return bytes(ids).decode("utf-8", errors="replace")
 
 
+_RANKS = 151_643
 _NAMED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _EXTRAS = 205
 _IMAGE = ("<|image token|>", "<|image start|>", "<|image end|>")
@@ -142,6 +143,6 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             ranks[binascii.a2b_base64(token, strict_mode=True)] = int(rank)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: expected 'base64 rank', found {line[:40]!r}") from error
-    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
-        raise ValueError(f"{path} is cut off or damaged: its {len(ranks)} ranks are not 0, 1, 2, ...")
+    if len(ranks) != _RANKS or set(ranks.values()) != set(range(_RANKS)):
+        raise ValueError(f"{path} holds {len(ranks)} of {_RANKS} ranks: it is cut off, or of another tokenizer")
     return ranks

@@ -1,0 +1,175 @@
+"""The backbone's layers.
+
+Shape letters: B batch, T new tokens, D width, K env steps in a block, A action dims.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from emu_embodied.models.attention import attend, attend_with_copies
+from emu_embodied.models.cache import BorrowedCache, KVCache
+from emu_embodied.models.config import EmuConfig
+from emu_embodied.models.masks import NoisyCopies
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., width] -> [..., width]."""
+        # A norm is one pass over x where a mean of squares is two, and this runs on every token of every candidate.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x * torch.rsqrt(norm * norm / x.shape[-1] + self.eps)).to(x.dtype) * self.weight
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What all layers share in one call of ``core``.
+
+    Attributes:
+        cos: cosines [1 or B, T, 1, head dim] of the rotary angles, the same in both halves of a head.
+        sin: sines, negative in the first half.
+        bias: added to the scores of own keys; or the copies that say which to compute; or None.
+        prefix_bias: added to the scores of the prefix's keys, or None.
+        causal: plain causal attention among new tokens, no bias needed.
+        cache: where new keys and values go, or None.
+        span: own keys read from the cache.
+        prefix_span: keys read from its prefix.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    bias: torch.Tensor | NoisyCopies | None = None
+    prefix_bias: torch.Tensor | None = None
+    causal: bool = False
+    cache: KVCache | BorrowedCache | None = None
+    span: int = 0
+    prefix_span: int = 0
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Call:
+        """The same for a layer that lives on another device (models spread over several)."""
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name in ("cos", "sin", "bias", "prefix_bias")
+            if isinstance(value := getattr(self, name), torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+def rotations(
+    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``Call.cos`` and ``Call.sin`` of positions [T] or [B, T]."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions.view(-1, positions.shape[-1], 1, 1).float() * (1.0 / theta**exponents)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def _rotate(x: torch.Tensor, call: Call) -> torch.Tensor:
+    """RoPE: the first half of a head [..., head dim] are real parts, the second half imaginary parts."""
+    half = x.shape[-1] // 2
+    swapped = torch.cat([x[..., half:], x[..., :half]], -1)
+    return torch.addcmul(x * call.cos, swapped, call.sin)
+
+
+class EmuAttention(nn.Module):
+    """Grouped-query attention with per-head norm of queries and keys, then RoPE."""
+
+    def __init__(self, config: EmuConfig, layer: int) -> None:
+        super().__init__()
+        width, head = config.hidden_size, config.head_dim
+        self.layer = layer
+        self.head_dim = head
+        self.dropout = config.attention_dropout
+        self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=False)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=False)
+        self.q_norm = RMSNorm(head, config.rms_norm_eps)
+        self.k_norm = RMSNorm(head, config.rms_norm_eps)
+
+    def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        shape = (*x.shape[:2], -1, self.head_dim)
+        query = _rotate(self.q_norm(self.q_proj(x).view(shape)), call)
+        key = _rotate(self.k_norm(self.k_proj(x).view(shape)), call).transpose(1, 2)
+        value = self.v_proj(x).view(shape).transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(call.bias, NoisyCopies):
+            mixed = attend_with_copies(query, key, value, call.bias, dropout=dropout)
+        else:
+            prefix = None
+            if call.cache is not None:
+                prefix = call.cache.shared(self.layer, call.prefix_span)
+                key, value = call.cache.write(self.layer, key, value, call.span)
+            mixed = attend(
+                query,
+                key,
+                value,
+                call.bias,
+                causal=call.causal,
+                prefix=prefix,
+                prefix_bias=call.prefix_bias,
+                dropout=dropout,
+            )
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
+
+
+class EmuMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: EmuConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class EmuLayer(GradientCheckpointingLayer):
+    """Attention, then MLP, each on a normed copy and added to the stream."""
+
+    def __init__(self, config: EmuConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = EmuAttention(config, layer)
+        self.mlp = EmuMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = config.attention_dropout
+
+    def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x = x + F.dropout(self.self_attn(self.input_layernorm(x), call), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
+
+
+class ActionEmbedding(nn.Module):
+    """Continuous embedding of an action block, added to every token of the state it leads to.
+
+    Action tokens alone are too weak a condition: models learn to ignore them. The last layer starts at zero, so that a
+    model which never saw an action is unchanged by it (iVideoGPT).
+    """
+
+    def __init__(self, config: EmuConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.action_block * config.action_dim, config.hidden_size)
+        self.down = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, actions: torch.Tensor) -> torch.Tensor:
+        """Action blocks [..., K, A] in [-1, 1] -> [..., D]."""
+        return self.down(F.silu(self.up(actions.flatten(-2))))

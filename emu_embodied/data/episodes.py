@@ -33,7 +33,7 @@ from emu_embodied.records import Episode, Field
 FORMAT = "emu_embodied.episodes"
 FORMAT_VERSION = 1
 COMPRESSION = 1
-"""zlib level. For 2 cameras x 11 frames of 64 px, level 1 writes in 3/4 of level 6's time for a tenth more bytes."""
+"""zlib level. A push (2 cameras x 13 frames of 64 px) takes 6.5 ms; at level 6 10.5 ms, for a third fewer bytes."""
 
 _ARRAYS = ("proprio_TP", "actions_TKA", "rewards_TK", "reward_T", "success_T")
 _FRAMES = "frames."

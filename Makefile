@@ -4,6 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 SHELL := /bin/sh
+ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types clean
@@ -16,9 +17,9 @@ demo: $(VENV)/.installed ## plan a push with the shipped model: video, plot and 
 	@out=runs/demo; n=1; while [ -e $$out ]; do n=$$((n + 1)); out=runs/demo-$$n; done; \
 	set -x; $(BIN)/emu-embodied plan --env PandaPush-v0 --checkpoint nano --seed 0 --out $$out
 
-test: $(VENV)/.installed-dev ## run all tests, two at a time
+test: $(VENV)/.installed-dev ## run all tests, two at a time; ARGS=tests/data for some
 	@scripts/setup_gl.sh $(BIN)/python
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff: rules and formatting
 	$(BIN)/ruff check .

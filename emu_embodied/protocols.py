@@ -59,8 +59,15 @@ class Simulator(Protocol):
 class WorldModel(Protocol):
     """Predicts what a robot would see, feel and be rewarded for."""
 
-    block: int
-    horizon: int
+    @property
+    def block(self) -> int:
+        """K, env steps in an action block [env steps]."""
+        ...
+
+    @property
+    def horizon(self) -> int:
+        """Blocks that one stretch of imagination covers."""
+        ...
 
     def observe(self, history: Sequence[Observation], actions: Sequence[np.ndarray] = ()) -> Belief:
         """Encode a history and the ``len(history) - 1`` action blocks [K, A] between its observations."""

@@ -72,10 +72,9 @@ def run_episode(
         rewards_T.append(float(transition.rewards_K[-1]))
         if on_block is not None:
             on_block(transition)
-    decisions, hindsight = (), ()
-    if isinstance(policy, PlanningPolicy):
-        policy.finish()
-        decisions, hindsight = tuple(policy.decisions), tuple(policy.hindsight)
+    planning = policy if isinstance(policy, PlanningPolicy) else None
+    if planning is not None:
+        planning.finish()
     return EpisodeTrace(
         env_id=env_id,
         policy=policy_name,
@@ -89,8 +88,8 @@ def run_episode(
         success=success,
         episode_return=_return(np.concatenate(rewards), success, simulator.max_episode_steps),
         act_seconds_T=np.asarray(seconds),
-        decisions=decisions,
-        hindsight=hindsight,
+        decisions=() if planning is None else tuple(planning.decisions),
+        hindsight=() if planning is None else tuple(planning.hindsight),
     )
 
 

@@ -123,8 +123,11 @@ def make_policy(
         # Not the bare seed: an environment draws its scene from that stream, and a policy must not follow it.
         return RandomPolicy(simulator.block, action_dim, np.random.default_rng([seed, 1]))
     if spec.name == "scripted":
-        from emu_embodied.policies.scripted import ScriptedPolicy  # knows the built-in tasks, and brings their engines
+        from emu_embodied.envs.panda import PandaEnv  # not above: not everyone who plans has an engine at hand
+        from emu_embodied.policies.scripted import ScriptedPolicy
 
+        if not isinstance(simulator, PandaEnv):
+            raise ValueError(f"there is no scripted expert for {simulator.env_id}; try another policy")
         return ScriptedPolicy(simulator)
     source: DynamicsSource = TrueSource(simulator)
     if spec.imagines:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -51,7 +51,8 @@ def imagined_vs_real_figure(trace: EpisodeTrace) -> Figure:
     pictures = HEADINGS + cell * 3 * len(trace.frames)
     figure = Figure(figsize=(width, HEAD + pictures + PLOTS), dpi=140, facecolor="white")
     FigureCanvasAgg(figure)
-    head, strip, plots = figure.subfigures(3, 1, height_ratios=[HEAD, pictures, PLOTS])
+    subfigures = figure.subfigures(3, 1, height_ratios=[HEAD, pictures, PLOTS], squeeze=False)
+    head, strip, plots = subfigures[:, 0]
     strip.subplots_adjust(
         left=LABELS / width, right=(LABELS + cell * len(states)) / width, top=1 - HEADINGS / pictures, bottom=0.0,
         wspace=0.05, hspace=0.05,
@@ -76,9 +77,7 @@ def imagined_vs_real_figure(trace: EpisodeTrace) -> Figure:
 
 def save_figure(path: Path, figure: Figure) -> None:
     """Write a PNG; it is either whole or absent."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomically(Path(path), lambda aside: aside.write_bytes(buffer.getvalue()))
+    write_atomically(Path(path), lambda aside: figure.savefig(aside, format="png"))
 
 
 def _title(figure: SubFigure, trace: EpisodeTrace) -> None:
@@ -190,7 +189,7 @@ def _tool(axes: Axes, trace: EpisodeTrace) -> None:
         )
 
 
-def _branch(axes: Axes, future: Future, real_T: np.ndarray, imagined_H: np.ndarray, **style: object) -> None:
+def _branch(axes: Axes, future: Future, real_T: np.ndarray, imagined_H: np.ndarray, **style: Any) -> None:
     """A line that leaves the real one where the model saw it last."""
     blocks = np.arange(future.start, future.start + len(future) + 1)
     axes.plot(

@@ -60,6 +60,11 @@ def test_a_world_model_is_needed_and_must_fit():
         make_policy(PolicySpec(name="imagined"), PointMass(), world_model=model)
 
 
+def test_experts_are_for_built_in_tasks():
+    with pytest.raises(ValueError, match="no scripted expert for PointMass-v0"):
+        make_policy(PolicySpec(name="scripted"), PointMass())
+
+
 def config(**changes) -> SimpleNamespace:
     fitting = {
         "action_dim": 2,

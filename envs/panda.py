@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import string
+from collections.abc import Collection
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import gymnasium
@@ -84,13 +87,12 @@ class PandaEnv(gymnasium.Env):
         pretty: bool = False,
         render_mode: str | None = None,
     ) -> None:
-        if task not in TASKS:
-            raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
-        unknown = [name for name in cameras if name not in CAMERAS]
-        if unknown:
-            raise ValueError(f"unknown camera {unknown[0]!r}; known: {', '.join(CAMERAS)}")
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"unknown render_mode {render_mode!r}; known: rgb_array")
+        _check_known("task", task, TASKS)
+        _check_known("engine", engine, _ENGINES)
+        for camera in cameras:
+            _check_known("camera", camera, CAMERAS)
+        if render_mode is not None:
+            _check_known("render_mode", render_mode, self.metadata["render_modes"])
         self.task: Task = TASKS[task]
         self.env_id = env_id or f"{task}-v0"
         self.cameras = tuple(cameras)
@@ -276,13 +278,20 @@ class PandaEnv(gymnasium.Env):
         return {"success": bool(terms["success"]), "terms": terms}
 
 
+_ENGINES = {
+    "mujoco": ("emu_embodied.envs.mujoco.engine", "MujocoEngine"),
+    "bullet": ("emu_embodied.envs.bullet.engine", "BulletEngine"),
+}
+"""Engine -> module and class, imported when an environment is made."""
+
+
 def _make_engine(name: str, task: Task, *, image_size: int, pretty: bool) -> ArmEngine:
-    if name == "mujoco":
-        from emu_embodied.envs.mujoco.engine import MujocoEngine
+    module, engine = _ENGINES[name]
+    return getattr(import_module(module), engine)(task, image_size=image_size, pretty=pretty)
 
-        return MujocoEngine(task, image_size=image_size, pretty=pretty)
-    if name == "bullet":
-        from emu_embodied.envs.bullet.engine import BulletEngine
 
-        return BulletEngine(task, image_size=image_size, pretty=pretty)
-    raise ValueError(f"unknown engine {name!r}; known: mujoco, bullet")
+def _check_known(kind: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}")

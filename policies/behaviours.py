@@ -9,32 +9,15 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import numpy as np
 
+from emu_embodied.data.recording import Behaviour
 from emu_embodied.envs.panda import PandaEnv
 from emu_embodied.envs.tasks import WORKSPACE_HIGH, WORKSPACE_LOW
 from emu_embodied.policies.random import RandomPolicy
 from emu_embodied.policies.scripted import HOVER, OPEN, SHUT, ScriptedPolicy, Waypoint, held_action
 from emu_embodied.records import Observation
-
-
-class Behaviour(Protocol):
-    """A policy that says what it is doing."""
-
-    @property
-    def phase(self) -> str:
-        """What the last block was for."""
-        ...
-
-    def reset(self, observation: Observation) -> None:
-        """Start an episode."""
-        ...
-
-    def act(self, observation: Observation) -> np.ndarray:
-        """The next action block, float32 [K, A] in [-1, 1]."""
-        ...
 
 
 class NoisyExpert:

@@ -1,6 +1,7 @@
 """Every registered world: Gymnasium's contract, determinism, exact snapshots, rewards, goal images."""
 
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from emu_embodied.envs import env_ids, make
+from emu_embodied.envs.engine import CAMERAS
 from emu_embodied.envs.panda import PROPRIO_FIELDS, PandaEnv
+from emu_embodied.envs.tasks import TASKS
 from emu_embodied.records import Transition
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def envs() -> dict[str, PandaEnv]:
     made = {env_id: make(env_id) for env_id in env_ids()}
+    for env in made.values():
+        env.reset(seed=0)
     yield made
     for env in made.values():
         env.close()
@@ -223,16 +228,19 @@ def test_proprio_is_named_and_in_its_units(env: PandaEnv) -> None:
     assert named["gripper"] == pytest.approx(state.opening, abs=1e-6)
 
 
-def test_velocity_is_the_derivative_of_position(env: PandaEnv) -> None:
+def test_velocity_agrees_with_the_way_travelled(env: PandaEnv) -> None:
     env.reset(seed=2)
-    action = np.array([0.3, 0.3, 0.1, 0.0], np.float32)
+    action = np.array([0.3, 0.25, 0.1, 0.0], np.float32)
     for _ in range(6):
         env.step_block(action[None], render=False)
-    before = env.world_state()
+    before = env.world_state().ee_xyz
     env.step_block(action[None], render=False)
-    after = env.world_state()
-    mean = (before.ee_velocity + after.ee_velocity) / 2
-    assert mean == pytest.approx((after.ee_xyz - before.ee_xyz) / 0.05, abs=0.03)
+    state = env.world_state()
+    travelled = (state.ee_xyz - before) / 0.05
+    speed, mean_speed = np.linalg.norm(state.ee_velocity), np.linalg.norm(travelled)
+    assert state.ee_velocity @ travelled > 0.98 * speed * mean_speed
+    # The servos catch up within an env step, so at its end the tool is slower than on the way.
+    assert 0.4 < speed / mean_speed < 1.1
 
 
 def test_the_gripper_opens_and_shuts_unless_the_task_holds_it(env: PandaEnv) -> None:
@@ -254,19 +262,59 @@ def test_cameras_and_sizes_can_be_chosen() -> None:
     env.close()
 
 
-def test_the_pretty_picture_differs() -> None:
-    plain, pretty = (make("PandaPush-v0", pretty=flag, image_size=128) for flag in (False, True))
+@pytest.mark.parametrize("env_id", ["PandaPickPlace-v0", "PandaPickPlaceBullet-v0"])
+def test_pretty_changes_the_picture_and_nothing_else(env_id: str) -> None:
+    plain, pretty = (make(env_id, pretty=flag, cameras=("front",)) for flag in (False, True))
     pictures = [env.reset(seed=0)[0]["front"].astype(int) for env in (plain, pretty)]
     assert np.abs(pictures[0] - pictures[1]).mean() > 1
+    for actions_KA in blocks(4, 4):
+        for env in (plain, pretty):
+            env.step_block(actions_KA, render=False)
+        ours, theirs = plain.world_state(), pretty.world_state()
+        assert ours.ee_xyz.tobytes() == theirs.ee_xyz.tobytes()
+        assert ours.item_xyz.tobytes() == theirs.item_xyz.tobytes()
     plain.close()
     pretty.close()
+
+
+def test_every_camera_sees_something_else(env: PandaEnv) -> None:
+    env.reset(seed=0)
+    pictures = [env.render(camera) for camera in CAMERAS]
+    assert all(picture.std() > 10 for picture in pictures)
+    assert len({picture.tobytes() for picture in pictures}) == len(CAMERAS)
+
+
+def test_the_engines_agree_on_scene_and_motion(envs: dict[str, PandaEnv]) -> None:
+    for task in TASKS:
+        ours, theirs = envs[f"{task}-v0"], envs[f"{task}Bullet-v0"]
+        pictures = [env.reset(seed=5)[0]["front"].astype(int) for env in (ours, theirs)]
+        assert ours.scene == theirs.scene
+        assert np.abs(pictures[0] - pictures[1]).mean() < 25
+        for action in ([0.2, -0.2, 0.1, 0.0], [-0.1, 0.3, 0.2, 0.0]):
+            for env in (ours, theirs):
+                env.step_block(np.tile(np.array(action, np.float32), (5, 1)), render=False)
+            assert ours.world_state().ee_xyz == pytest.approx(theirs.world_state().ee_xyz, abs=0.008)
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'PandaPush-v0'"):
         make("pandapush-v0")
-    with pytest.raises(ValueError, match="known: front, wrist"):
+    with pytest.raises(ValueError, match="did you mean 'front'"):
         make("PandaPush-v0", cameras=("frnt",))
+    with pytest.raises(ValueError, match="did you mean 'mujoco'"):
+        make("PandaPush-v0", engine="mujuco")
+
+
+def test_gl_is_settled_even_if_mujoco_came_first() -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import mujoco; from emu_embodied.envs import make\n"
+        "print(make('PandaReach-v0').reset(seed=0)[0]['front'].shape)"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True, env=clean
+    )
+    assert done.stdout.strip() == "(64, 64, 3)"
 
 
 def test_registering_imports_no_engine() -> None:

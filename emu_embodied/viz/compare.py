@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from emu_embodied.records import Frames
 from emu_embodied.viz.trace import Decision, EpisodeTrace
 
-PANEL = 256
-"""Least height of a camera picture in the film [pixels]."""
+WIDTH = 540
+"""Width to fill with the cameras of one side [pixels]; pictures are enlarged by whole numbers, so it may be less."""
 MARGIN, GAP, SPLIT = 20, 8, 32
 """Around everything, between cameras, between real and imagined [pixels]."""
 HEAD, FOOT = 64, 60
@@ -70,31 +70,33 @@ class _Canvas:
         self.trace = trace
         self.imagined = imagined
         height, width = next(iter(trace.frames.values())).shape[1:3]
-        self.scale = max(1, round(PANEL / height))
-        self.panel_width, self.panel_height = width * self.scale, height * self.scale
-        cameras = len(trace.frames)
+        self.cameras = trace.compared_cameras
+        cameras = len(self.cameras)
+        scale = max(1, (WIDTH - (cameras - 1) * GAP) // (cameras * width))
+        self.panel_width, self.panel_height = width * scale, height * scale
         self.side_width = cameras * self.panel_width + (cameras - 1) * GAP
         self.right = MARGIN + self.side_width + SPLIT
-        inner = 2 * self.side_width + SPLIT if imagined else self.side_width
-        self.size = (inner + 2 * MARGIN, self.panel_height + HEAD + FOOT)
+        self.inner = 2 * self.side_width + SPLIT if imagined else self.side_width
+        self.size = (self.inner + 2 * MARGIN, self.panel_height + HEAD + FOOT)
 
     def draw(self, state: int, search: Decision | None, ahead: int, *, thinking: bool) -> np.ndarray:
         """State number ``state`` on the left, step ``ahead`` of the search's future on the right."""
         trace = self.trace
         image = Image.new("RGB", self.size, BACKGROUND)
         pen = ImageDraw.Draw(image)
-        pen.text((MARGIN, 12), _quoted(trace.instruction), font=_font(20, bold=True), fill=TEXT)
-        pen.text(
-            (self.size[0] - MARGIN, 15), f"{trace.env_id}  seed {trace.seed}", font=_font(15), fill=FAINT, anchor="ra"
-        )
-        self._side(image, MARGIN, {camera: frames[state] for camera, frames in trace.frames.items()})
+        instruction = f"\u201c{trace.instruction}\u201d"
+        size = next((size for size in (20, 17, 14) if _font(size, bold=True).getlength(instruction) <= self.inner), 11)
+        pen.text((MARGIN, 12), instruction, font=_font(size, bold=True), fill=TEXT)
+        origin = f"{trace.env_id}, seed {trace.seed}"
+        pen.text((self.size[0] - MARGIN, HEAD - 20), origin, font=_font(14), fill=FAINT, anchor="ra")
+        self._side(image, MARGIN, {camera: trace.frames[camera][state] for camera in self.cameras})
         caption, colour = f"block {state}", TEXT
         if state == len(trace):
             caption, colour = (f"{caption}: solved", SOLVED) if trace.success else (f"{caption}: not solved", FAINT)
         self._caption(pen, MARGIN, ("real", REAL), (caption, colour), float(trace.reward_T[state]))
         if self.imagined and search is not None and search.future is not None:
             future = search.future
-            self._side(image, self.right, {camera: frames[ahead] for camera, frames in future.frames.items()})
+            self._side(image, self.right, {camera: future.frames[camera][ahead] for camera in self.cameras})
             blocks = f"{ahead + 1} block{'s' if ahead else ''} ahead"
             caption = f"plans {blocks}" if thinking else f"expected, {blocks}"
             # A planner that tries its candidates in the simulator has no hindsight: it imagines nothing.
@@ -103,11 +105,9 @@ class _Canvas:
         return np.asarray(image)
 
     def _side(self, image: Image.Image, left: int, frames: Frames) -> None:
-        for column, camera in enumerate(self.trace.frames):
-            if camera in frames:
-                picture = Image.fromarray(frames[camera])
-                picture = picture.resize((self.panel_width, self.panel_height), Image.Resampling.NEAREST)
-                image.paste(picture, (left + column * (self.panel_width + GAP), HEAD))
+        for column, picture in enumerate(frames.values()):
+            panel = Image.fromarray(picture).resize((self.panel_width, self.panel_height), Image.Resampling.NEAREST)
+            image.paste(panel, (left + column * (self.panel_width + GAP), HEAD))
 
     def _caption(self, pen: ImageDraw.ImageDraw, left: int, title: _Label, caption: _Label, reward: float) -> None:
         """Title above the pictures; below them what is seen, and the reward as a number and a bar."""
@@ -120,10 +120,6 @@ class _Canvas:
         filled = left + round(self.side_width * min(max(reward, 0.0), 1.0))
         pen.rectangle((left, bar, right, bar + 6), fill=EMPTY)
         pen.rectangle((left, bar, filled, bar + 6), fill=title[1])
-
-
-def _quoted(instruction: str) -> str:
-    return f"\u201c{instruction}\u201d"
 
 
 @lru_cache(maxsize=16)

@@ -48,7 +48,7 @@ def imagined_vs_real_figure(trace: EpisodeTrace) -> Figure:
     states = _columns(len(trace))
     cell = min(MAX_CELL, max(MIN_CELL, (MIN_WIDTH - LABELS - MARGIN) / len(states)))
     width = max(MIN_WIDTH, LABELS + cell * len(states) + MARGIN)
-    pictures = HEADINGS + cell * 3 * len(trace.frames)
+    pictures = HEADINGS + cell * 3 * len(trace.compared_cameras)
     figure = Figure(figsize=(width, HEAD + pictures + PLOTS), dpi=140, facecolor="white")
     FigureCanvasAgg(figure)
     subfigures = figure.subfigures(3, 1, height_ratios=[HEAD, pictures, PLOTS], squeeze=False)
@@ -115,8 +115,9 @@ def _columns(blocks: int) -> list[int]:
 def _film_strip(figure: SubFigure, trace: EpisodeTrace, states: list[int]) -> None:
     futures = {future.start + 1 + h: (future, h) for future in foretold(trace) for h in range(len(future))}
     seen = {future.start for future in foretold(trace)}
-    grid = figure.subplots(3 * len(trace.frames), len(states), squeeze=False)
-    for index, camera in enumerate(trace.frames):
+    cameras = trace.compared_cameras
+    grid = figure.subplots(3 * len(cameras), len(states), squeeze=False)
+    for index, camera in enumerate(cameras):
         for row, label in enumerate((f"{camera}\nreal", f"{camera}\n{_kind(trace)}", "difference")):
             grid[3 * index + row][0].set_ylabel(label, fontsize=9.5, rotation=0, ha="right", va="center", labelpad=6)
         for column, state in enumerate(states):

@@ -96,6 +96,12 @@ class EpisodeTrace:
         return len(self.actions_TKA)
 
     @property
+    def compared_cameras(self) -> tuple[str, ...]:
+        """Cameras that were drawn and imagined; all that were drawn where nothing was imagined."""
+        futures = [*self.hindsight, *(decision.future for decision in self.decisions if decision.future is not None)]
+        return tuple(name for name in self.frames if all(name in future.frames for future in futures))
+
+    @property
     def verdict(self) -> str:
         """One line: whether it succeeded, when, and at what price."""
         outcome = "solved" if self.success else "not solved"

@@ -72,7 +72,7 @@ def test_film_shows_the_plan_and_then_what_came_of_it(trace):
     film = plan_video(trace, act_frames=2, end_frames=5)
     future = trace.decisions[0].future
     assert len(film) == len(trace) * (3 + 2) + 3
-    scale = 8
+    scale = 16  # 540 // 32
 
     def panel(frame: int, left: int) -> np.ndarray:
         return film[frame][HEAD : HEAD + 32 * scale : scale, left : left + 32 * scale : scale]
@@ -92,15 +92,26 @@ def test_film_of_an_old_plan_keeps_step_with_it():
     trace = planned(replan_every=3)
     film = plan_video(trace, act_frames=1, end_frames=1)
     assert len(film) == len(trace) + 3 * len(trace.decisions)
-    right = MARGIN + 32 * 8 + SPLIT
-    second = film[4][HEAD : HEAD + 32 * 8 : 8, right : right + 32 * 8 : 8]  # 3 frames of planning, block 1, block 2
+    side = 32 * 16
+    right = MARGIN + side + SPLIT
+    second = film[4][HEAD : HEAD + side : 16, right : right + side : 16]  # 3 frames of planning, block 1, block 2
     assert np.array_equal(second, trace.decisions[0].future.frames["front"][1])
 
 
-def test_film_has_room_for_every_camera(trace):
-    twice = {"front": trace.frames["front"], "wrist": trace.frames["front"]}
-    wide = plan_video(replace(trace, frames=twice))
-    assert wide.shape[2] == plan_video(trace).shape[2] + 2 * (256 + GAP)
+def test_film_has_room_for_every_camera_that_both_sides_have(trace):
+    def twice(frames):
+        return {"front": frames["front"], "wrist": frames["front"]}
+
+    drawn = replace(trace, frames=twice(trace.frames))
+    assert drawn.compared_cameras == ("front",)
+    assert plan_video(drawn).shape == plan_video(trace).shape
+    decisions = tuple(replace(d, future=replace(d.future, frames=twice(d.future.frames))) for d in trace.decisions)
+    hindsight = tuple(replace(future, frames=twice(future.frames)) for future in trace.hindsight)
+    both = replace(drawn, decisions=decisions, hindsight=hindsight)
+    assert both.compared_cameras == ("front", "wrist")
+    side = 2 * 8 * 32 + GAP
+    assert plan_video(both).shape[2] == 2 * side + SPLIT + 2 * MARGIN
+    assert len(imagined_vs_real_figure(both).subfigs[1].axes) == 2 * len(imagined_vs_real_figure(drawn).subfigs[1].axes)
 
 
 def test_foresight_measures_what_it_says(trace):

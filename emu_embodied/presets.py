@@ -84,7 +84,7 @@ PRESETS: dict[str, Preset] = {
         kv_heads=2,
         head_dim=32,
         ibq=IBQConfig(
-            ch=8, ch_mult=(1, 2, 4, 8), num_res_blocks=1, attn_resolutions=(), z_channels=32, embed_dim=16, n_embed=512,
+            patch=4, ch=64, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), z_channels=32, embed_dim=16, n_embed=512,
             norm_groups=8, resolution=64,
         ),
     ),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -14,101 +12,19 @@ import numpy as np
 import torch
 
 from emu_embodied.decode.autoregressive import SequentialDecoder
-from emu_embodied.decode.dida import ParallelDecoder, StateDecoder
+from emu_embodied.decode.dida import DecodedState, ParallelDecoder, StateDecoder
+from emu_embodied.decode.grammar import StateLogits, expected_bin
 from emu_embodied.decode.paths import PATHS
 from emu_embodied.files import write_json
 from emu_embodied.models.cache import KVCache
+from emu_embodied.models.ibq import IBQ
 from emu_embodied.models.transformer import EmuForCausalLM
-from emu_embodied.records import Belief, Field, Frames, Imagination, Observation
+from emu_embodied.records import Belief, Frames, Imagination, Observation
 from emu_embodied.tokens.actions import ActionTokenizer
 from emu_embodied.tokens.frames import IBQFrameTokenizer
-from emu_embodied.tokens.sequence import SequenceLayout
 from emu_embodied.tokens.states import ProprioTokenizer, RewardTokenizer
 from emu_embodied.tokens.text import ByteTokenizer
-from emu_embodied.tokens.vocabulary import Vocabulary
-
-WEIGHTS = Path(__file__).resolve().parent / "weights"
-"""Checkpoints that ship inside the package, one folder each."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorldModelConfig:
-    """What a checkpoint was trained for: the embodiment, the token stream and the decoding (``world.json``)."""
-
-    env_ids: tuple[str, ...]
-    """Environments in the training data."""
-    data_hash: str
-    """Identifies the training data."""
-    cameras: tuple[str, ...]
-    """Cameras whose frames are tokens, in order."""
-    image_size: int
-    """Side of a frame [pixels]."""
-    camera_tokens: int
-    """Codes of one frame."""
-    codebook: int
-    """Number of codes."""
-    block: int
-    """Env steps in an action block [control steps]."""
-    action_dim: int
-    """Action dimensions."""
-    proprio: tuple[Field, ...]
-    """Proprio fields with the range that the data covers."""
-    text_length: int
-    """Longest instruction [bytes]."""
-    action_bins: int
-    """Bins of an action dimension."""
-    state_bins: int
-    """Bins of a proprio field."""
-    reward_bins: int
-    """Bins of the reward."""
-    context_states: int
-    """Observed states kept when the window is full [states]."""
-    max_states: int
-    """States in a training window [states]."""
-    paths: tuple[str, ...] = ()
-    """Noise processes that the weights were adapted with (DiDA); none: next-token decoding only."""
-    decoding: Literal["autoregressive", "dida"] = "autoregressive"
-    """Decoder used unless another is asked for."""
-    passes: int = 1
-    """Parallel passes a state (DiDA)."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 takes the most likely token."""
-
-    @property
-    def layout(self) -> SequenceLayout:
-        """Where everything stands in the token stream."""
-        return SequenceLayout(
-            vocabulary=Vocabulary.compact(
-                text=ByteTokenizer.vocabulary_size,
-                vision=self.codebook,
-                action=self.action_bins,
-                state=self.state_bins,
-                reward=self.reward_bins,
-            ),
-            text_length=self.text_length,
-            cameras=self.cameras,
-            camera_tokens=self.camera_tokens,
-            num_proprio=len(self.proprio),
-            action_dim=self.action_dim,
-        )
-
-    @classmethod
-    def load(cls, path: Path) -> WorldModelConfig:
-        """Read ``world.json``.
-
-        Raises:
-            ValueError: if the file is missing, is not JSON or is not a world model's.
-        """
-        try:
-            raw = json.loads(path.read_text())
-            raw["proprio"] = tuple(Field(**field) for field in raw["proprio"])
-            return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in raw.items()})
-        except FileNotFoundError:
-            raise ValueError(f"{path.parent} is no world-model checkpoint: {path.name} is missing") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"{path} does not describe a world model: {error}") from None
+from emu_embodied.world_config import WorldModelConfig, checkpoint_folder
 
 
 class WorldModel:
@@ -126,10 +42,20 @@ class WorldModel:
             raise ValueError(
                 f"backbone has {backbone.config.vocab_size} ids, world.json lays out {layout.vocabulary.size}"
             )
-        if (frames.codebook_size, frames.image_size) != (config.codebook, config.image_size):
+        actions = (backbone.config.action_block, backbone.config.action_dim)
+        if actions != (config.block, config.action_dim):
             raise ValueError(
-                f"tokenizer has {frames.codebook_size} codes for {frames.image_size}-px frames, world.json names "
-                f"{config.codebook} codes for {config.image_size}-px frames"
+                f"backbone embeds action blocks of {list(actions)}, world.json names {[config.block, config.action_dim]}"
+            )
+        rows, columns = frames.grid
+        if (frames.codebook_size, frames.image_size, rows * columns) != (
+            config.codebook,
+            config.image_size,
+            config.camera_tokens,
+        ):
+            raise ValueError(
+                f"tokenizer makes {rows * columns} tokens of {frames.codebook_size} codes from {frames.image_size}-px "
+                f"frames, world.json names {config.camera_tokens} of {config.codebook} from {config.image_size}-px frames"
             )
         self.config = config
         self.backbone = backbone.eval().requires_grad_(False)
@@ -194,42 +120,42 @@ class WorldModel:
     def observe(self, history: Sequence[Observation], actions: Sequence[np.ndarray] = ()) -> Belief:
         """Encode a history and the action blocks [K, A] between its observations.
 
-        Only the latest ``max_states - 1`` observations are used: the window the weights were trained on.
+        Only the latest ``context_states`` observations are read, so that ``horizon`` imagined blocks behind them still
+        lie in the window that the weights were trained on.
 
         Raises:
-            ValueError: if the history is empty or the number of actions does not fit.
+            ValueError: if the history is empty, the number of actions does not fit, or an observation or action is not
+                what the model was trained on.
         """
         if not history or len(actions) != len(history) - 1:
             raise ValueError(f"{len(history)} observations need {max(len(history) - 1, 0)} blocks, got {len(actions)}")
-        keep = self.config.max_states - 1
-        history, actions = tuple(history[-keep:]), tuple(actions)[-keep + 1 :] if keep > 1 else ()
-        cache = KVCache(self.backbone.config, 1, self.layout.length(self.config.max_states), device=self.device)
-        tokens_N, proprio_P = torch.empty(0), torch.empty(0)
-        pending = [self._text(history[-1].instruction)]
-        for t, observation in enumerate(history):
-            condition = None
-            if t > 0:
-                action_embeds, condition = self._act(torch.as_tensor(actions[t - 1])[None])
-                pending.append(action_embeds)
+        kept = tuple(history)[-self.config.context_states :]
+        between = tuple(np.asarray(action, dtype=np.float32) for action in actions[len(history) - len(kept) :])
+        tokens_N, proprio_P, state = self._state(kept[0], None)
+        pieces = [self._text(kept[-1].instruction), state]
+        for action_KA, observation in zip(between, kept[1:], strict=True):
+            action_embeds, condition = self._act_once(action_KA)
             tokens_N, proprio_P, state = self._state(observation, condition)
-            pending.append(state)
-        self._write(cache, torch.cat(pending, 1))
-        return Belief(cache, tokens_N, proprio_P, history, actions)
+            pieces += [action_embeds, state]
+        return Belief(self._prefix(torch.cat(pieces, 1)), tokens_N, proprio_P, kept, between)
 
     @torch.inference_mode()
     def extend(self, belief: Belief, action_KA: np.ndarray, observation: Observation) -> Belief:
         """Append what really happened.
 
         Nothing is recomputed while the belief leaves room for ``horizon`` imagined blocks in the trained window; after
-        that the latest ``context_states`` observations are encoded afresh.
+        that, and when the instruction has changed, the latest ``context_states`` observations are encoded afresh.
+
+        Raises:
+            ValueError: if the observation or action is not what the model was trained on.
         """
         history = (*belief.history, observation)
         actions = (*belief.actions, np.asarray(action_KA, dtype=np.float32))
-        if len(history) > self.config.context_states:
-            kept = self.config.context_states
-            return self.observe(history[-kept:], actions[len(actions) - kept + 1 :])
+        told_anew = observation.instruction != belief.history[-1].instruction
+        if told_anew or len(history) > self.config.context_states:
+            return self.observe(history, actions)
         cache = belief.cache.fork(room=self.layout.step_tokens)
-        action_embeds, condition = self._act(torch.as_tensor(actions[-1])[None])
+        action_embeds, condition = self._act_once(actions[-1])
         tokens_N, proprio_P, state = self._state(observation, condition)
         self._write(cache, torch.cat([action_embeds, state], 1))
         return Belief(cache, tokens_N, proprio_P, history, actions)
@@ -246,54 +172,42 @@ class WorldModel:
         ``context_states`` states. Imagined pixels are never encoded again.
 
         Raises:
-            ValueError: if the actions' shape does not fit, or the model produced NaN (names candidate and block).
+            ValueError: if the actions do not fit or are not finite, or the model produced NaN (naming the first
+                candidate and block).
         """
         config = self.config
-        if actions_SHKA.ndim != 4 or tuple(actions_SHKA.shape[2:]) != (config.block, config.action_dim):
+        if actions_SHKA.ndim != 4 or 0 in actions_SHKA.shape or not self._is_block(actions_SHKA[0, 0]):
             raise ValueError(
-                f"actions must be [S, H, {config.block}, {config.action_dim}], got {tuple(actions_SHKA.shape)}"
+                f"actions must be [S, H, {config.block}, {config.action_dim}], got {list(actions_SHKA.shape)}"
             )
+        if not bool(actions_SHKA.isfinite().all()):
+            raise ValueError("actions hold NaN or infinity")
         num_plans, horizon = actions_SHKA.shape[:2]
         actions_SHKA = actions_SHKA.to(self.device, torch.float32)
-        codes, proprio, reward, success, states = [], [], [], [], []
+        decoded: list[DecodedState] = []
         num_states = len(belief.history)
-        cache = self._own_cache(num_plans, belief.cache)
+        cache = self._branches(num_plans, belief.cache)
         pending, condition = self._act(actions_SHKA[:, 0])
         for h in range(horizon):
-            decoded = self.decoder.decode(cache, pending, condition, generator)
+            decoded.append(self.decoder.decode(cache, pending, condition, generator))
             num_states += 1
-            bins = torch.softmax(decoded.logits.proprio, -1) @ torch.arange(config.state_bins, device=self.device).float()
-            expected = torch.softmax(decoded.logits.reward, -1) @ torch.arange(config.reward_bins, device=self.device).float()
-            bad = ~(torch.isfinite(bins).all(-1) & torch.isfinite(expected))
-            if bool(bad.any()):
-                raise ValueError(f"the model produced NaN for candidate {int(bad.nonzero()[0, 0])} at block {h}")
-            codes.append(decoded.codes_SN)
-            proprio.append(self.proprio.decode(bins))
-            reward.append(self.reward.decode(expected))
-            success.append(torch.softmax(decoded.logits.success, -1)[:, 1])
-            states.append((decoded.codes_SN, decoded.proprio_SP))
+            _check_finite(decoded[-1].logits, h)
             if h + 1 == horizon:
                 break
             action_embeds, condition = self._act(actions_SHKA[:, h + 1])
             if num_states < config.max_states:
-                pending = torch.cat([decoded.pending_SLD, action_embeds], 1)
-                continue
-            text = KVCache(self.backbone.config, 1, self.layout.text_tokens, device=self.device)
-            self._write(text, self._text(belief.history[-1].instruction))
-            cache = self._own_cache(num_plans, text)
-            recent = states[-config.context_states :]
-            num_states = len(recent)
-            pieces = []
-            for i, (codes_SN, proprio_SP) in enumerate(recent):
-                embeds = self.backbone.embed(self.layout.state_ids(codes_SN, proprio_SP))
-                if i > 0:
-                    between, leading = self._act(actions_SHKA[:, h - len(recent) + 1 + i])
-                    pieces.append(between)
-                    embeds = embeds + leading[:, None]
-                pieces.append(embeds)
-            pending = torch.cat([*pieces, action_embeds], 1)
+                pending = torch.cat([decoded[-1].pending_SLD, action_embeds], 1)
+            else:
+                recent = decoded[-config.context_states :]
+                num_states = len(recent)
+                cache = self._branches(num_plans, self._prefix(self._text(belief.history[-1].instruction)))
+                stream = self._restream(recent, actions_SHKA[:, h + 2 - num_states : h + 1])
+                pending = torch.cat([stream, action_embeds], 1)
         return Imagination(
-            torch.stack(codes, 1), torch.stack(proprio, 1), torch.stack(reward, 1), torch.stack(success, 1)
+            torch.stack([state.codes_SN for state in decoded], 1),
+            torch.stack([self.proprio.decode(expected_bin(state.logits.proprio)) for state in decoded], 1),
+            torch.stack([self.reward.decode(expected_bin(state.logits.reward)) for state in decoded], 1),
+            torch.stack([torch.softmax(state.logits.success, -1)[:, 1] for state in decoded], 1),
         )
 
     def render(self, imagination: Imagination, plans: Sequence[int], horizons: Sequence[int]) -> Frames:
@@ -303,12 +217,12 @@ class WorldModel:
             ValueError: if the imagination holds no frame tokens.
         """
         if imagination.tokens_SHN is None:
-            raise ValueError("this imagination has no frame tokens: it came from a simulator that ran without rendering")
+            raise ValueError("this imagination has no frame tokens: a simulator ran without rendering")
         chosen = imagination.tokens_SHN[list(plans)][:, list(horizons)]
         per_camera = chosen.unflatten(-1, (len(self.config.cameras), self.config.camera_tokens))
         rendered = {}
         for i, camera in enumerate(self.config.cameras):
-            flat = self.frames.decode(per_camera[:, :, i].flatten(0, 1).cpu())
+            flat = self.frames.decode(per_camera[:, :, i].flatten(0, 1))
             rendered[camera] = flat.reshape(len(plans), len(horizons), *flat.shape[1:])
         return rendered
 
@@ -322,8 +236,14 @@ class WorldModel:
     def _state(
         self, observation: Observation, condition_1D: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes [N], proprio [P] and embeddings [1, state_tokens, D] of what was observed."""
         codes_N = self.encode_frames(observation.frames)
         proprio_P = torch.as_tensor(observation.proprio, dtype=torch.float32, device=self.device)
+        if proprio_P.shape != (self.layout.num_proprio,) or not bool(proprio_P.isfinite().all()):
+            raise ValueError(
+                f"proprio must be {self.layout.num_proprio} finite numbers ("
+                f"{', '.join(field.name for field in self.config.proprio)}), got {proprio_P.tolist()}"
+            )
         embeds = self.backbone.embed(self.layout.state_ids(codes_N, self.proprio.encode(proprio_P))[None])
         if condition_1D is not None:
             embeds = embeds + condition_1D[:, None]
@@ -331,17 +251,46 @@ class WorldModel:
 
     def _act(self, actions_SKA: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The action tokens' embeddings [S, L, D] and the block's continuous embedding [S, D]."""
-        actions_SKA = actions_SKA.to(self.device, torch.float32)
         ids = self.layout.action_ids(self.actions.encode(actions_SKA))
         return self.backbone.embed(ids), self.backbone.action_embedding(actions_SKA)
+
+    def _act_once(self, action_KA: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for one executed block, checked."""
+        action = torch.as_tensor(action_KA, dtype=torch.float32, device=self.device)
+        if not self._is_block(action) or not bool(action.isfinite().all()):
+            raise ValueError(
+                f"an action block must be {self.config.block} x {self.config.action_dim} finite numbers, got "
+                f"{action.tolist()}"
+            )
+        return self._act(action[None])
+
+    def _is_block(self, action: torch.Tensor) -> bool:
+        return tuple(action.shape) == (self.config.block, self.config.action_dim)
+
+    def _restream(self, states: Sequence[DecodedState], actions_STKA: torch.Tensor) -> torch.Tensor:
+        """Embeddings [S, L, D] of imagined states and the blocks between them, as if a sequence began with the first."""
+        embeds = [self.backbone.embed(self.layout.state_ids(state.codes_SN, state.proprio_SP)) for state in states]
+        pieces = embeds[:1]
+        for t, state_embeds in enumerate(embeds[1:]):
+            action_embeds, condition = self._act(actions_STKA[:, t])
+            pieces += [action_embeds, state_embeds + condition[:, None]]
+        return torch.cat(pieces, 1)
 
     def _write(self, cache: KVCache, embeds: torch.Tensor) -> None:
         positions = torch.arange(cache.total_length, cache.total_length + embeds.shape[1], device=self.device)
         self.backbone.core(embeds, positions, mask=None, cache=cache)
 
-    def _own_cache(self, num_plans: int, prefix: KVCache) -> KVCache:
-        capacity = self.layout.length(self.config.max_states + 1) - prefix.length
-        return KVCache(self.backbone.config, num_plans, capacity, prefix=prefix, device=self.device)
+    def _prefix(self, embeds: torch.Tensor) -> KVCache:
+        """A cache that holds one sequence [1, L, D]."""
+        cache = KVCache(self.backbone.config, 1, embeds.shape[1], device=embeds.device, dtype=embeds.dtype)
+        self._write(cache, embeds)
+        return cache
+
+    def _branches(self, num_plans: int, prefix: KVCache) -> KVCache:
+        """A cache in which ``num_plans`` sequences continue a prefix up to the end of the trained window."""
+        return KVCache(
+            self.backbone.config, num_plans, self.layout.length(self.config.max_states) - prefix.length, prefix=prefix
+        )
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -362,27 +311,22 @@ class WorldModel:
         """
         folder = checkpoint_folder(name_or_folder)
         config = WorldModelConfig.load(folder / "world.json")
-        backbone = EmuForCausalLM.from_pretrained(folder).to(device)
-        return cls(config, backbone, IBQFrameTokenizer.from_pretrained(folder / "tokenizer"))
+        backbone = EmuForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+        frames = IBQFrameTokenizer(IBQ.from_pretrained(folder / "tokenizer", device))
+        try:
+            return cls(config, backbone, frames)
+        except ValueError as error:
+            raise ValueError(f"the files in {folder} do not belong together: {error}") from error
 
 
-def shipped() -> tuple[str, ...]:
-    """Names of the checkpoints inside the package."""
-    return tuple(sorted(path.parent.name for path in WEIGHTS.glob("*/world.json")))
-
-
-def checkpoint_folder(name_or_folder: str | Path) -> Path:
-    """The folder of a shipped name or of a path.
+def _check_finite(logits: StateLogits, block: int) -> None:
+    """Name the first candidate of which anything is NaN or infinite.
 
     Raises:
-        ValueError: if there is neither.
+        ValueError: if there is one.
     """
-    names = shipped()
-    if str(name_or_folder) in names:
-        return WEIGHTS / str(name_or_folder)
-    folder = Path(name_or_folder)
-    if folder.is_dir():
-        return folder
-    near = difflib.get_close_matches(str(name_or_folder), names, n=1, cutoff=0.3)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"no checkpoint {str(name_or_folder)!r}: neither a folder nor a shipped name ({', '.join(names)}){hint}")
+    parts = (logits.frame, logits.proprio, logits.reward, logits.success)
+    fine_S = torch.stack([part.flatten(1).isfinite().all(1) for part in parts]).all(0)
+    if not bool(fine_S.all()):
+        candidate = int((~fine_S).nonzero()[0])
+        raise ValueError(f"the model produced NaN for candidate {candidate} at block {block}: its weights are damaged")

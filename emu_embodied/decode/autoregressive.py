@@ -50,6 +50,9 @@ class SequentialDecoder:
                 ids[:, slot + 1] = span.ids(sample(here, self.temperature, generator))
         codes, proprio = layout.parse_state(ids)
         stacked = StateLogits(
-            torch.stack(logits["frame"], 1), torch.stack(logits["proprio"], 1), logits["reward"][0], logits["success"][0]
+            torch.stack(logits["frame"], 1),
+            torch.stack(logits["proprio"], 1),
+            logits["reward"][0],
+            logits["success"][0],
         )
         return DecodedState(codes, proprio, stacked, tokens)

@@ -74,10 +74,9 @@ class ParallelDecoder:
         """See ``StateDecoder.decode``."""
         layout, path, v = self.layout, self.path, self.layout.vocabulary
         num_plans, device = condition_SD.shape[0], condition_SD.device
-        shape_n = (num_plans, len(layout.frame_slots))
-        shape_p = (num_plans, layout.num_proprio)
-        codes = path.source(shape_n, v.vision.size, generator).to(device)
-        proprio = path.source(shape_p, v.state.size, generator).to(device)
+        # Common random numbers: all candidates start from one draw of noise, so that their costs differ by actions alone.
+        codes = path.source((1, len(layout.frame_slots)), v.vision.size, generator).to(device).expand(num_plans, -1)
+        proprio = path.source((1, layout.num_proprio), v.state.size, generator).to(device).expand(num_plans, -1)
         for i in range(self.passes):
             t, t_next = i / self.passes, (i + 1) / self.passes
             state = self._embed(codes, proprio, condition_SD)
@@ -92,7 +91,9 @@ class ParallelDecoder:
                 keep=clean,
             )
             logits = state_logits(self.backbone, layout, hidden[:, clean:])
-            codes = path.step(codes, sample(logits.frame, self.temperature, generator), v.vision.size, t, t_next, generator)
+            codes = path.step(
+                codes, sample(logits.frame, self.temperature, generator), v.vision.size, t, t_next, generator
+            )
             proprio = path.step(
                 proprio, sample(logits.proprio, self.temperature, generator), v.state.size, t, t_next, generator
             )

@@ -37,3 +37,8 @@ def state_logits(backbone: EmuForCausalLM, layout: SequenceLayout, hidden_SLD: t
         for kind, positions, ids in layout.readouts()
     }
     return StateLogits(parts["frame"], parts["proprio"], parts["reward"][:, 0], parts["success"][:, 0])
+
+
+def expected_bin(logits: torch.Tensor) -> torch.Tensor:
+    """Mean of the bin index under softmax(logits), [..., bins] -> float32 [...]: finer than the most likely bin."""
+    return torch.softmax(logits, -1) @ torch.arange(logits.shape[-1], device=logits.device).float()

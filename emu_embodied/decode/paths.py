@@ -6,14 +6,20 @@ from typing import Protocol
 
 import torch
 
+from emu_embodied.decode.sampling import uniform
+
 
 class Path(Protocol):
-    """A probability path p_t(x | x_1) over the ids 0 .. size - 1 of one kind of token."""
+    """A probability path p_t(x | x_1) over the ids 0 .. size - 1 of one kind of token.
+
+    Random numbers are drawn where the generator lives and results come back on the tokens' device, so that one CPU
+    generator gives the same draws on every device.
+    """
 
     name: str
 
     def source(self, shape: tuple[int, ...], size: int, generator: torch.Generator | None) -> torch.Tensor:
-        """x_0: int64 noise of the given shape."""
+        """x_0: int64 noise of the given shape, on the generator's device."""
         ...
 
     def noise(self, x1: torch.Tensor, size: int, t: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -30,7 +36,7 @@ class Path(Protocol):
 class UniformPath:
     """Mixture path with a uniform source: p_t(x | x_1) = t [x = x_1] + (1 - t) / size.
 
-    Discrete Flow Matching (Gat et al. 2024, eq. 8); Emu3.5 names it as what DiDA extends, its details are not published.
+    Discrete Flow Matching (Gat et al. 2024, eq. 8); Emu3.5 names it as what DiDA extends and gives no details.
     """
 
     name = "uniform"
@@ -42,14 +48,16 @@ class UniformPath:
 
     def noise(self, x1: torch.Tensor, size: int, t: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """Each token is kept with probability t, otherwise drawn uniformly."""
-        keep = torch.rand(x1.shape, generator=generator, device=x1.device) < t
+        keep = uniform(x1, generator) < t
         return torch.where(keep, x1, self.source(tuple(x1.shape), size, generator).to(x1.device))
 
     def step(
         self, x_t: torch.Tensor, x1: torch.Tensor, size: int, t: float, t_next: float, generator: torch.Generator | None
     ) -> torch.Tensor:
         """Euler step of the mixture path's velocity: jump to x_1 with probability (t_next - t) / (1 - t)."""
-        jump = torch.rand(x_t.shape, generator=generator, device=x_t.device) < (t_next - t) / (1 - t)
+        if t_next >= 1:
+            return x1
+        jump = uniform(x_t, generator) < (t_next - t) / (1 - t)
         return torch.where(jump, x1, x_t)
 
 

@@ -20,5 +20,11 @@ def sample(logits: torch.Tensor, temperature: float, generator: torch.Generator 
     if generator is None:
         raise ValueError("sampling at temperature > 0 needs a seeded generator")
     probabilities = torch.softmax(logits.float() / temperature, -1)
-    race = torch.empty_like(probabilities).exponential_(generator=generator)
-    return (probabilities / race).argmax(-1)
+    race = torch.empty(probabilities.shape, device=generator.device).exponential_(generator=generator)
+    return (probabilities / race.to(probabilities.device)).argmax(-1)
+
+
+def uniform(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Float32 numbers in [0, 1) of a tensor's shape on its device, drawn where the generator lives."""
+    device = like.device if generator is None else generator.device
+    return torch.rand(like.shape, generator=generator, device=device).to(like.device)

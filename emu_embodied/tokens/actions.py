@@ -23,7 +23,7 @@ class ActionTokenizer:
     block: int
 
     def encode(self, actions_KA: torch.Tensor) -> torch.Tensor:
-        """float [..., K, A] in [-1, 1] -> int64 bins [..., A]; values outside are clipped."""
+        """Float [..., K, A] in [-1, 1] -> int64 bins [..., A]; values outside are clipped."""
         mean = actions_KA.mean(-2)
         return ((mean + 1) / 2 * self.bins).floor().clamp(0, self.bins - 1).long()
 

@@ -5,9 +5,9 @@
     state    := (boi <N_c codes>) for each camera   <P proprio bins>  reward  success
     action   := boa  <A action bins>
 
-As in Emu3.5 the logits at position j predict the token at j + 1. The ``reward`` and ``success`` slots hold fixed special
-tokens: their values are read out (at the position before the slot), never fed back, so that an agent needs no reward from
-the world it acts in and an imagined reward cannot feed on an earlier one.
+As in Emu3.5 the logits at position j predict the token at j + 1. The ``reward`` and ``success`` slots hold fixed
+special tokens: their values are read out (at the position before the slot), never fed back, so that an agent needs no
+reward from the world it acts in and an imagined reward cannot feed on an earlier one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from emu_embodied.tokens.vocabulary import IdRange, Vocabulary
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceLayout:
@@ -126,7 +127,7 @@ class SequenceLayout:
         return ids
 
     def parse_state(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [..., state_tokens] -> codes [..., N], proprio bins [..., P].
+        """Ids [..., state_tokens] -> codes [..., N], proprio bins [..., P].
 
         Raises:
             ValueError: if a slot holds an id of another kind.
@@ -140,6 +141,33 @@ class SequenceLayout:
         return torch.cat([boa, self.vocabulary.action.ids(bins_A.long())], -1)
 
     def interleave(self, text_BL: torch.Tensor, states_BTL: torch.Tensor, actions_BTL: torch.Tensor) -> torch.Tensor:
-        """Text [B, text_tokens], states [B, T, state_tokens], actions [B, T - 1, action_tokens] -> ids [B, length(T)]."""
-        steps = torch.cat([states_BTL[:, :-1], actions_BTL], -1).flatten(1)
+        """Put segments in order.
+
+        Args:
+            text_BL: [B, text_tokens, ...]; ids, or vectors with their width as last dimension.
+            states_BTL: [B, T, state_tokens, ...].
+            actions_BTL: [B, T - 1, action_tokens, ...].
+
+        Returns:
+            [B, length(T), ...].
+        """
+        steps = torch.cat([states_BTL[:, :-1], actions_BTL], 2).flatten(1, 2)
         return torch.cat([text_BL, steps, states_BTL[:, -1]], 1)
+
+    def parse(self, stream_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Undo ``interleave``: [B, length(T), ...] -> text, states and actions, shaped as it takes them.
+
+        Raises:
+            ValueError: if the length is not that of a sequence which ends with a state.
+        """
+        length = stream_BL.shape[1]
+        num_steps, rest = divmod(length - self.length(1), self.step_tokens)
+        if num_steps < 0 or rest:
+            raise ValueError(
+                f"{length} tokens are no sequence: one of T states has {self.length(1)} + (T - 1) x {self.step_tokens}"
+            )
+        text, last = stream_BL[:, : self.text_tokens], stream_BL[:, -self.state_tokens :]
+        steps = stream_BL[:, self.text_tokens : length - self.state_tokens]
+        steps = steps.unflatten(1, (num_steps, self.step_tokens))
+        states = torch.cat([steps[:, :, : self.state_tokens], last[:, None]], 1)
+        return text, states, steps[:, :, self.state_tokens :]

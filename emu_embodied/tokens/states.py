@@ -33,7 +33,7 @@ class ProprioTokenizer:
         return low, high
 
     def encode(self, proprio_P: torch.Tensor) -> torch.Tensor:
-        """float [..., P] in the fields' units -> int64 bins [..., P]; values outside the range are clipped."""
+        """Float [..., P] in the fields' units -> int64 bins [..., P]; values outside the range are clipped."""
         low, high = self._range(proprio_P)
         return ((proprio_P - low) / (high - low) * self.bins).floor().clamp(0, self.bins - 1).long()
 
@@ -59,7 +59,7 @@ class RewardTokenizer:
     bins: int
 
     def encode(self, reward: torch.Tensor) -> torch.Tensor:
-        """float [...] in [0, 1] -> int64 bins [...]; values outside are clipped."""
+        """Float [...] in [0, 1] -> int64 bins [...]; values outside are clipped."""
         return (reward * self.bins).floor().clamp(0, self.bins - 1).long()
 
     def decode(self, bins: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,144 @@
+"""What a world-model checkpoint says of itself (``world.json``), and where checkpoints are found."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from emu_embodied.decode.paths import PATHS
+from emu_embodied.models.checkpoints import read_config
+from emu_embodied.records import Field
+from emu_embodied.tokens.sequence import SequenceLayout
+from emu_embodied.tokens.text import ByteTokenizer
+from emu_embodied.tokens.vocabulary import Vocabulary
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+"""Checkpoints that ship inside the package, one folder each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorldModelConfig:
+    """What a checkpoint was trained for: the embodiment, the token stream and the decoding (``world.json``)."""
+
+    env_ids: tuple[str, ...]
+    """Environments in the training data."""
+    data_hash: str
+    """Identifies the training data."""
+    cameras: tuple[str, ...]
+    """Cameras whose frames are tokens, in order."""
+    image_size: int
+    """Side of a frame [pixels]."""
+    camera_tokens: int
+    """Codes of one frame."""
+    codebook: int
+    """Number of codes."""
+    block: int
+    """Env steps in an action block [control steps]."""
+    action_dim: int
+    """Action dimensions."""
+    proprio: tuple[Field, ...]
+    """Proprio fields with the range that the data covers."""
+    text_length: int
+    """Longest instruction [bytes]."""
+    action_bins: int
+    """Bins of an action dimension."""
+    state_bins: int
+    """Bins of a proprio field."""
+    reward_bins: int
+    """Bins of the reward."""
+    context_states: int
+    """Observed states kept when the window is full [states]."""
+    max_states: int
+    """States in a training window [states]."""
+    paths: tuple[str, ...] = ()
+    """Noise processes that the weights were adapted with (DiDA); none: next-token decoding only."""
+    decoding: Literal["autoregressive", "dida"] = "autoregressive"
+    """Decoder used unless another is asked for."""
+    passes: int = 1
+    """Parallel passes a state (DiDA)."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 takes the most likely token."""
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ValueError: naming the field and its range.
+        """
+        for name in ("image_size", "camera_tokens", "codebook", "block", "action_dim", "text_length", "action_bins"):
+            _check_count(name, getattr(self, name), 1)
+        for name in ("state_bins", "reward_bins", "context_states", "passes"):
+            _check_count(name, getattr(self, name), 1)
+        _check_count("max_states", self.max_states, self.context_states + 1)
+        if not self.cameras or not self.proprio:
+            raise ValueError("a world model reads at least one camera and one proprio field")
+        if self.decoding not in ("autoregressive", "dida"):
+            raise ValueError(f"decoding is {self.decoding!r}, choose autoregressive or dida")
+        if unknown := [name for name in self.paths if name not in PATHS]:
+            raise ValueError(f"unknown noise process {unknown[0]!r}; known: {', '.join(PATHS)}")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}, it has to be at least 0")
+
+    @property
+    def layout(self) -> SequenceLayout:
+        """Where everything stands in the token stream."""
+        return SequenceLayout(
+            vocabulary=Vocabulary.compact(
+                text=ByteTokenizer.vocabulary_size,
+                vision=self.codebook,
+                action=self.action_bins,
+                state=self.state_bins,
+                reward=self.reward_bins,
+            ),
+            text_length=self.text_length,
+            cameras=self.cameras,
+            camera_tokens=self.camera_tokens,
+            num_proprio=len(self.proprio),
+            action_dim=self.action_dim,
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> WorldModelConfig:
+        """Read ``world.json``.
+
+        Raises:
+            ValueError: if the file is missing, is not JSON or is not a world model's.
+        """
+        if not path.is_file():
+            raise ValueError(f"{path.parent} is no world-model checkpoint: {path.name} is missing")
+        raw = read_config(path.parent, path.name)
+        try:
+            raw["proprio"] = [Field(**field) for field in raw["proprio"]]
+            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} does not describe a world model: {error}") from error
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the checkpoints inside the package."""
+    return tuple(sorted(path.parent.name for path in WEIGHTS.glob("*/world.json")))
+
+
+def checkpoint_folder(name_or_folder: str | Path) -> Path:
+    """The folder of a shipped name or of a path.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    names = shipped()
+    if str(name_or_folder) in names:
+        return WEIGHTS / str(name_or_folder)
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        return folder
+    near = difflib.get_close_matches(str(name_or_folder), names, n=1, cutoff=0.3)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    known = ", ".join(names) or "none are shipped here"
+    raise ValueError(f"no checkpoint {str(name_or_folder)!r}: neither a folder nor a shipped name ({known}){hint}")
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}, it has to be a whole number of at least {least}")

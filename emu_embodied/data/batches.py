@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,6 +103,21 @@ class TokenDataset:
         """int64: the rows that belong to the episodes of this part."""
         return torch.cat([torch.arange(f, f + n) for f, n in zip(self.first_E, self.length_E, strict=True)])
 
+    def places(self, num_states: int) -> torch.Tensor:
+        """int64: how many windows of ``num_states`` states each episode holds.
+
+        Raises:
+            ValueError: if none holds one.
+        """
+        places = (self.length_E - num_states + 1).clamp(min=0)
+        if not bool(places.any()):
+            longest = int(self.length_E.max())
+            raise ValueError(
+                f"windows of {num_states} states do not fit: of {len(self.length_E)} episodes the longest has {longest}; "
+                "record longer ones or train with a smaller window"
+            )
+        return places
+
     def sample(self, batch: int, num_states: int, text_ids_EL: torch.Tensor, generator: torch.Generator) -> WindowBatch:
         """Draw windows uniformly over all positions where ``num_states`` states fit.
 
@@ -114,12 +130,9 @@ class TokenDataset:
         Raises:
             ValueError: if no episode is long enough.
         """
-        places = (self.length_E - num_states + 1).clamp(min=0)
-        total = int(places.sum())
-        if total == 0:
-            raise ValueError(f"no episode has {num_states} states; record longer ones or train with a smaller window")
+        places = self.places(num_states)
         ends = places.cumsum(0)
-        drawn = torch.randint(total, (batch,), generator=generator)
+        drawn = torch.randint(int(ends[-1]), (batch,), generator=generator)
         episode = torch.searchsorted(ends, drawn, right=True)
         start = self.first_E[episode] + drawn - (ends[episode] - places[episode])
         rows_BT = start[:, None] + torch.arange(num_states)
@@ -137,7 +150,9 @@ class TokenDataset:
 def encode_dataset(
     store: EpisodeStore, tokenizer: IBQFrameTokenizer, cameras: tuple[str, ...], cache: Path
 ) -> TokenDataset:
-    """Encode every readable episode; the codes are kept in ``cache`` and reused while data and tokenizer are the same.
+    """Encode every readable episode, in the order they were numbered when recorded.
+
+    The codes are kept in ``cache`` and reused episode by episode, as long as the tokenizer and the cameras are the same.
 
     Raises:
         ValueError: if the dataset is empty or lacks a camera.
@@ -145,28 +160,32 @@ def encode_dataset(
     missing = [camera for camera in cameras if camera not in store.spec.cameras]
     if missing:
         raise ValueError(f"{store.folder} has cameras {tuple(store.spec.cameras)}, training needs {cameras}")
-    key = hashlib.sha256(f"{store.data_hash} {_fingerprint(tokenizer)} {cameras}".encode()).hexdigest()
-    known = _load_codes(cache, key)
+    maker = f"{fingerprint(tokenizer)} {' '.join(cameras)}"
+    known = _load_codes(cache, maker)
     episodes: list[Episode] = []
-    encoded: list[torch.Tensor] = []
-    for episode in tqdm(store.iter_valid(), total=len(store), desc="read episodes", unit="ep"):
-        if known is None:
-            frames = np.stack([episode.frames[camera] for camera in cameras], 1)
-            codes = tokenizer.encode(frames.reshape(-1, *frames.shape[2:]))
-            encoded.append(codes.reshape(len(frames), -1).to(torch.int32))
-        episodes.append(replace(episode, frames={}))
+    encoded: dict[str, torch.Tensor] = {}
+    codes_ETN: list[torch.Tensor] = []
+    # Not the order of the index, which depends on which worker was first.
+    order = sorted(range(len(store)), key=lambda i: store.entries[i].file)
+    for i in tqdm(order, desc="read episodes", unit="ep"):
+        name = store.entries[i].sha256
+        for episode in store.iter_valid([i]):
+            codes = known.get(name)
+            if codes is None:
+                frames = np.stack([episode.frames[camera] for camera in cameras], 1)
+                codes = tokenizer.encode(frames.reshape(-1, *frames.shape[2:])).reshape(len(frames), -1)
+                codes = codes.to("cpu", torch.int32)
+            encoded[name] = codes
+            codes_ETN.append(codes)
+            episodes.append(replace(episode, frames={}))
     if not episodes:
         raise ValueError(f"{store.folder} has no readable episode: run `emu-embodied collect` first")
+    if encoded.keys() != known.keys():
+        _save_codes(cache, maker, encoded)
     length_E = torch.tensor([len(episode) + 1 for episode in episodes])
-    if known is not None and len(known) != int(length_E.sum()):
-        cache.unlink()  # an episode that was readable when the codes were made is damaged now
-        return encode_dataset(store, tokenizer, cameras, cache)
-    codes_MN = torch.cat(encoded) if known is None else known
-    if known is None:
-        write_atomically(cache, lambda aside: save_file({"codes": codes_MN}, aside, metadata={"key": key}))
     actions = [np.concatenate([e.actions_TKA, np.zeros_like(e.actions_TKA[:1])]) for e in episodes]
     return TokenDataset(
-        codes_MN,
+        torch.cat(codes_ETN),
         torch.from_numpy(np.concatenate([e.proprio_TP for e in episodes])),
         torch.from_numpy(np.concatenate(actions)),
         torch.from_numpy(np.concatenate([e.reward_T for e in episodes])),
@@ -178,7 +197,8 @@ def encode_dataset(
     )
 
 
-def _fingerprint(tokenizer: IBQFrameTokenizer) -> str:
+def fingerprint(tokenizer: IBQFrameTokenizer) -> str:
+    """sha256 of a tokenizer's weights: codes mean nothing without it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tokenizer.ibq.state_dict().items()):
         digest.update(name.encode())
@@ -186,9 +206,22 @@ def _fingerprint(tokenizer: IBQFrameTokenizer) -> str:
     return digest.hexdigest()
 
 
-def _load_codes(cache: Path, key: str) -> torch.Tensor | None:
+def _save_codes(cache: Path, maker: str, encoded: dict[str, torch.Tensor]) -> None:
+    lengths = json.dumps({name: len(codes) for name, codes in encoded.items()})
+    metadata = {"maker": maker, "episodes": lengths}
+    tensors = {"codes": torch.cat(list(encoded.values()))}
+    write_atomically(cache, lambda aside: save_file(tensors, aside, metadata=metadata))
+
+
+def _load_codes(cache: Path, maker: str) -> dict[str, torch.Tensor]:
+    """Episode's sha256 -> its codes; nothing if the file is absent, damaged or another tokenizer's."""
     try:
         with safe_open(cache, "pt") as file:
-            return file.get_tensor("codes") if (file.metadata() or {}).get("key") == key else None
-    except (FileNotFoundError, SafetensorError):
-        return None
+            metadata = file.metadata() or {}
+            if metadata.get("maker") != maker:
+                return {}
+            lengths: dict[str, int] = json.loads(metadata["episodes"])
+            parts = file.get_tensor("codes").split(list(lengths.values()))
+            return dict(zip(lengths, parts, strict=True))
+    except (OSError, SafetensorError):
+        return {}

@@ -12,12 +12,14 @@ import torch
 
 from emu_embodied.data.batches import encode_dataset
 from emu_embodied.data.episodes import EpisodeStore
+from emu_embodied.hardware import pick_device
 from emu_embodied.train.evaluation import Judge
 from emu_embodied.train.loop import LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import state_loss
 from emu_embodied.train.noise import noisy_logits, sample_times
 from emu_embodied.train.pretrain import WorldTraining, prepare_data, write_training_meta
 from emu_embodied.train.windows import action_loss, window_tokens
+from emu_embodied.world_config import WorldModelConfig
 from emu_embodied.world_model import WorldModel
 
 
@@ -26,11 +28,18 @@ def train_dida(
 ) -> LoopResult:
     """Adapt a next-token world model and keep the result in ``out``.
 
+    ``out`` may hold the next-token model itself, which is then replaced by what it becomes.
+
     Raises:
-        ValueError: if the dataset was recorded with other blocks, cameras or environments than the model's.
+        ValueError: if ``out`` holds an adapted model and ``resume`` is off, or the dataset was recorded with other
+            blocks, cameras or environments than the model's.
         TrainingFailed: on NaN or divergence.
     """
     check_same_recording(store, world)
+    held = out / "world.json"
+    if held.exists() and not resume and WorldModelConfig.load(held).paths:
+        raise ValueError(f"{out} holds an adapted world model: pass --resume to continue it, or another --out")
+    world.frames.ibq.to(pick_device(config.loop.device))
     tokens = encode_dataset(store, world.frames, world.config.cameras, out / "tokens.safetensors")
     data = prepare_data(world, tokens, config.held_out)
     adapted = WorldModel(replace(world.config, paths=(path,), decoding="dida"), world.backbone, world.frames)
@@ -49,7 +58,7 @@ def train_dida(
         logs |= {f"clean/{name}": value for name, value in clean_logs.items()}
         copies = times.numel() * adapted.layout.state_tokens
         loss = noisy + clean + config.weights.action * imitation
-        return LossOutput(loss, {**logs, "action": imitation.detach()}, window.ids_BL.numel() + copies)
+        return LossOutput(loss, {**logs, "action": imitation.detach()}, window.embeds_BLD[..., 0].numel() + copies)
 
     def save(step: int) -> None:
         adapted.save_pretrained(out)
@@ -62,12 +71,16 @@ def train_dida(
         out,
         stage="dida",
         resume=resume,
-        describe={"data": store.data_hash, "backbone": backbone.config.to_diff_dict(), "path": path, "batch": config.batch},
+        describe={
+            "data": store.data_hash,
+            "backbone": backbone.config.to_diff_dict(),
+            "path": path,
+            "batch": config.batch,
+        },
         save=save,
         evaluate=judge.parallel,
         unit="tokens",
     )
-    save(result.step)
     write_training_meta(out, "dida", config, store, result)
     return result
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from emu_embodied.decode.grammar import StateLogits
+from emu_embodied.decode.grammar import StateLogits, expected_bin
 from emu_embodied.train.noise import noisy_logits
 from emu_embodied.train.windows import WindowTokens, clean_logits, window_tokens
 from emu_embodied.world_model import WorldModel
@@ -20,7 +20,10 @@ WINDOWS = 64
 
 
 class Judge:
-    """Draws the same held-out windows every time and scores the model on them."""
+    """Draws the same held-out windows every time and scores the model on them.
+
+    A figure that is not defined (no code changed, a constant reward) is NaN.
+    """
 
     def __init__(self, world: WorldModel, data: WorldData, config: WorldTraining) -> None:
         self.world, self.data, self.config = world, data, config
@@ -35,7 +38,7 @@ class Judge:
 
     def _clean(self, window: WindowTokens, generator: torch.Generator) -> StateLogits:
         backbone = self.world.backbone
-        positions = torch.arange(window.ids_BL.shape[1], device=self.world.device)
+        positions = torch.arange(window.embeds_BLD.shape[1], device=self.world.device)
         hidden = backbone.core(window.embeds_BLD, positions, mask=None)
         return clean_logits(backbone, self.world.layout, hidden)
 
@@ -50,15 +53,17 @@ class Judge:
         training = backbone.training
         backbone.eval()
         right, changed, reward, error = [], [], [], []
-        for _ in range(WINDOWS // self.config.batch):
+        for _ in range(max(1, WINDOWS // self.config.batch)):
             batch = self.data.held_out.sample(self.config.batch, states, self.data.text_held_EL, generator)
             batch = batch.to(self.world.device)
             window = window_tokens(self.world, batch, 0.0, generator)
             logits = predict(window, generator)
             right.append(logits.frame.argmax(-1) == window.targets.codes_MN)
             changed.append(window.targets.changed_MN)
-            reward.append(torch.stack([self._reward(logits), batch.reward_BT[:, 1:].flatten()]))
-            error.append((self._proprio(logits) - batch.proprio_BTP[:, 1:].flatten(0, 1)).abs())
+            foretold = self.world.reward.decode(expected_bin(logits.reward))
+            reward.append(torch.stack([foretold, batch.reward_BT[:, 1:].flatten()]))
+            felt = self.world.proprio.decode(expected_bin(logits.proprio))
+            error.append((felt - batch.proprio_BTP[:, 1:].flatten(0, 1)).abs())
         backbone.train(training)
         hits, moved, pairs = torch.cat(right).float(), torch.cat(changed), torch.cat(reward, 1)
         return {
@@ -68,11 +73,3 @@ class Judge:
             "reward_corr": float(torch.corrcoef(pairs)[0, 1]),
             "proprio_mae": float(torch.cat(error).mean()),
         }
-
-    def _reward(self, logits: StateLogits) -> torch.Tensor:
-        bins = torch.arange(self.world.config.reward_bins, device=self.world.device).float()
-        return self.world.reward.decode(torch.softmax(logits.reward, -1) @ bins)
-
-    def _proprio(self, logits: StateLogits) -> torch.Tensor:
-        bins = torch.arange(self.world.config.state_bins, device=self.world.device).float()
-        return self.world.proprio.decode(torch.softmax(logits.proprio, -1) @ bins)

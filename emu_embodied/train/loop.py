@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from emu_embodied.hardware import pick_device, pick_dtype
 from emu_embodied.train.log import TrainingLog
 from emu_embodied.train.state import Progress, has_state, load_state, save_state
 
@@ -283,34 +284,6 @@ def build_optimizer(config: LoopConfig, module: nn.Module) -> torch.optim.AdamW:
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` is CUDA where there is any.
-
-    Raises:
-        ValueError: if CUDA is asked for and absent, or the name is none of torch's.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r}: torch sees no CUDA device here; use --device cpu")
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The forward type; ``auto`` is bfloat16 only where matrix units multiply it (elsewhere it is slower)."""
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 class _Run:

@@ -29,7 +29,7 @@ class TwoViews:
 
 
 def sample_times(shape: tuple[int, ...], shift: float, source_share: float, generator: torch.Generator) -> torch.Tensor:
-    """Times in [0, 1), one for each noisy copy; 0 is pure noise.
+    """Times in [0, 1], one for each noisy copy; 0 is pure noise.
 
     URSA's law t = 1 - shift s / (1 + (shift - 1) s), s ~ U(0, 1), except for a share that starts at the source itself.
     """
@@ -54,7 +54,7 @@ def noisy_logits(
     proprio = noise.noise(proprio, v.state.size, times_BT[..., None], generator)
     ids = layout.state_ids(codes.to(device), proprio.to(device))
     copies_BLD = (backbone.embed(ids) + window.condition_BTD[:, :, None]).flatten(1, 2)
-    clean_length = window.ids_BL.shape[1]
+    clean_length = window.embeds_BLD.shape[1]
     starts = [layout.state_offset(t) for t in range(1, copies + 1)]
     mask = NoisyCopies(clean_length, tuple(starts), layout.state_tokens)
     spans = [torch.arange(start, start + layout.state_tokens) for start in starts]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from emu_embodied.data.batches import TokenDataset, encode_dataset
+from emu_embodied.data.batches import TokenDataset, encode_dataset, fingerprint
 from emu_embodied.data.episodes import EpisodeStore
 from emu_embodied.files import write_json
+from emu_embodied.hardware import pick_device
 from emu_embodied.models.transformer import EmuForCausalLM
 from emu_embodied.presets import Preset
 from emu_embodied.provenance import make_meta
@@ -19,8 +21,10 @@ from emu_embodied.tokens.states import ProprioTokenizer
 from emu_embodied.train.evaluation import Judge
 from emu_embodied.train.loop import LoopConfig, LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import LossWeights, state_loss
+from emu_embodied.train.state import has_state
 from emu_embodied.train.windows import action_loss, clean_logits, window_tokens
-from emu_embodied.world_model import WorldModel, WorldModelConfig
+from emu_embodied.world_config import WorldModelConfig
+from emu_embodied.world_model import WorldModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +65,14 @@ class WorldData:
 
 
 def prepare_data(world: WorldModel, tokens: TokenDataset, held_out: float) -> WorldData:
-    """Split by episode and tokenise the instructions."""
+    """Split by episode and tokenise the instructions.
+
+    Raises:
+        ValueError: if a part has no episode as long as a training window, or an instruction is too long.
+    """
     parts = tokens.split(held_out)
+    for part in parts:
+        part.places(world.config.max_states)
     texts = [torch.stack([world.layout.text_ids(world.text.encode(i)) for i in part.instructions]) for part in parts]
     return WorldData(*parts, *texts)
 
@@ -70,16 +80,8 @@ def prepare_data(world: WorldModel, tokens: TokenDataset, held_out: float) -> Wo
 def new_world(
     store: EpisodeStore, preset: Preset, frames: IBQFrameTokenizer, tokens: TokenDataset, seed: int
 ) -> WorldModel:
-    """An untrained world model that fits a dataset.
-
-    Raises:
-        ValueError: if the dataset's block size or frame size is not the preset's (with both values).
-    """
+    """An untrained world model that fits a dataset."""
     spec = store.spec
-    if spec.block != preset.block:
-        raise ValueError(
-            f"{store.folder} was recorded in blocks of {spec.block} env steps; the preset has {preset.block}"
-        )
     rows = tokens.rows()
     spread = torch.quantile(tokens.proprio_MP[rows].float(), torch.tensor([0.001, 0.999]), dim=0)
     config = WorldModelConfig(
@@ -105,17 +107,36 @@ def new_world(
     return WorldModel(config, backbone, frames)
 
 
+def check_fits_preset(store: EpisodeStore, preset: Preset, frames: IBQFrameTokenizer) -> None:
+    """Refuse a dataset or a tokenizer that a preset cannot be trained with, before anything is computed.
+
+    Raises:
+        ValueError: naming what differs, with both values.
+    """
+    if store.spec.block != preset.block:
+        raise ValueError(
+            f"{store.folder} was recorded in blocks of {store.spec.block} env steps; the preset has {preset.block}"
+        )
+    if frames.codebook_size != preset.ibq.n_embed or frames.image_size != preset.image_size:
+        raise ValueError(
+            f"the tokenizer has {frames.codebook_size} codes for {frames.image_size}-px frames; the preset has "
+            f"{preset.ibq.n_embed} for {preset.image_size}-px frames"
+        )
+
+
 def train_world(
     store: EpisodeStore, preset: Preset, frames: IBQFrameTokenizer, config: WorldTraining, out: Path, *, resume: bool
 ) -> LoopResult:
     """Train a backbone by next token and keep it in ``out`` as a checkpoint folder.
 
     Raises:
-        ValueError: if ``out`` holds a trained backbone and ``resume`` is off, or the dataset does not fit the preset.
+        ValueError: if ``out`` holds a world model that this would overwrite (it can be resumed while its training state
+            is there and it was not adapted), or the dataset does not fit the preset.
         TrainingFailed: on NaN or divergence.
     """
-    if (out / "world.json").exists() and not resume:
-        raise ValueError(f"{out} holds a world model: pass --resume to continue it, or another --out")
+    check_fits_preset(store, preset, frames)
+    _check_out(out, resume)
+    frames.ibq.to(pick_device(config.loop.device))
     tokens = encode_dataset(store, frames, preset.cameras, out / "tokens.safetensors")
     world = new_world(store, preset, frames, tokens, config.loop.seed)
     data = prepare_data(world, tokens, config.held_out)
@@ -124,12 +145,14 @@ def train_world(
     def loss_fn(step: int, generator: torch.Generator) -> LossOutput:
         batch = data.train.sample(config.batch, preset.max_states, data.text_train_EL, generator).to(world.device)
         window = window_tokens(world, batch, config.context_noise, generator)
-        positions = torch.arange(window.ids_BL.shape[1], device=world.device)
+        positions = torch.arange(window.embeds_BLD.shape[1], device=world.device)
         hidden = backbone.core(window.embeds_BLD, positions, mask=None)
         loss, logs = state_loss(clean_logits(backbone, world.layout, hidden), window.targets, config.weights)
         imitation = action_loss(backbone, world.layout, hidden, window, batch.imitate_B)
         return LossOutput(
-            loss + config.weights.action * imitation, {**logs, "action": imitation.detach()}, window.ids_BL.numel()
+            loss + config.weights.action * imitation,
+            {**logs, "action": imitation.detach()},
+            window.embeds_BLD[..., 0].numel(),
         )
 
     def save(step: int) -> None:
@@ -142,14 +165,29 @@ def train_world(
         out,
         stage="world",
         resume=resume,
-        describe={"data": store.data_hash, "backbone": backbone.config.to_diff_dict(), "batch": config.batch},
+        describe={
+            "data": store.data_hash,
+            "tokenizer": fingerprint(frames),
+            "backbone": backbone.config.to_diff_dict(),
+            "batch": config.batch,
+        },
         save=save,
         evaluate=Judge(world, data, config).next_token,
         unit="tokens",
     )
-    save(result.step)
     write_training_meta(out, "world", config, store, result)
     return result
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    if not (out / "world.json").exists():
+        return
+    if not resume:
+        raise ValueError(f"{out} holds a world model: pass --resume to continue it, or another --out")
+    if WorldModelConfig.load(out / "world.json").paths:
+        raise ValueError(f"{out} holds an adapted world model, which this stage would undo: train into another --out")
+    if not has_state(out / "training" / "world"):
+        raise ValueError(f"{out} holds a world model without the state of its training: train into another --out")
 
 
 def write_training_meta(out: Path, stage: str, config: WorldTraining, store: EpisodeStore, result: LoopResult) -> None:
@@ -160,7 +198,7 @@ def write_training_meta(out: Path, stage: str, config: WorldTraining, store: Epi
         config=asdict(config),
         steps=result.step,
         seconds=round(result.seconds),
-        figures=result.logs,
+        figures={name: value if math.isfinite(value) else None for name, value in result.logs.items()},
     )
     path = out / "meta.json"
     stages = json.loads(path.read_text()) if path.exists() else {}

@@ -20,14 +20,13 @@ class WindowTokens:
     """A batch of windows as tokens.
 
     Attributes:
-        ids_BL: int64 clean stream, its frame codes partly replaced by noise (context noise).
-        embeds_BLD: the embedded stream with the action conditions added.
+        embeds_BLD: the embedded clean stream, its frame codes partly replaced by random ones (context noise), the
+            action conditions added.
         condition_BTD: continuous embedding of the T - 1 action blocks.
         action_bins_BTA: int64 [B, T - 1, A].
         targets: of the states 1 .. T - 1, B * (T - 1) of them, window-major.
     """
 
-    ids_BL: torch.Tensor
     embeds_BLD: torch.Tensor
     condition_BTD: torch.Tensor
     action_bins_BTA: torch.Tensor
@@ -53,14 +52,13 @@ def window_tokens(
     replaced = torch.rand(batch.codes_BTN.shape, generator=generator) < share
     random = torch.randint(layout.vocabulary.vision.size, batch.codes_BTN.shape, generator=generator)
     context_BTN = torch.where(replaced.to(device), random.to(device), batch.codes_BTN)
-    ids_BL = layout.interleave(
-        batch.text_BL, layout.state_ids(context_BTN, proprio_BTP), layout.action_ids(action_bins)
-    )
     condition_BTD = backbone.action_embedding(batch.actions_BTKA)
-    embeds = backbone.embed(ids_BL)
-    per_state = torch.repeat_interleave(condition_BTD, layout.state_tokens, 1).unflatten(1, (-1, layout.state_tokens))
-    per_step = F.pad(per_state, (0, 0, layout.action_tokens, 0)).flatten(1, 2)
-    embeds = embeds + F.pad(per_step, (0, 0, layout.state_offset(0) + layout.state_tokens, 0))
+    led_to_BTD = F.pad(condition_BTD, (0, 0, 1, 0))  # no action led to the first state
+    embeds = layout.interleave(
+        backbone.embed(batch.text_BL),
+        backbone.embed(layout.state_ids(context_BTN, proprio_BTP)) + led_to_BTD[:, :, None],
+        backbone.embed(layout.action_ids(action_bins)),
+    )
     states = slice(1, None)
     targets = StateTargets(
         batch.codes_BTN[:, states].flatten(0, 1),
@@ -69,13 +67,13 @@ def window_tokens(
         batch.success_BT[:, states].long().flatten(),
         (batch.codes_BTN[:, 1:] != batch.codes_BTN[:, :-1]).flatten(0, 1),
     )
-    return WindowTokens(ids_BL, embeds, condition_BTD, action_bins, targets)
+    return WindowTokens(embeds, condition_BTD, action_bins, targets)
 
 
 def clean_logits(backbone: EmuForCausalLM, layout: SequenceLayout, hidden_BLD: torch.Tensor) -> StateLogits:
     """Logits of the states 1 .. T - 1 of a clean stream, window-major."""
-    steps = hidden_BLD[:, layout.action_offset(0) :].unflatten(1, (-1, layout.step_tokens))
-    return state_logits(backbone, layout, steps[:, :, layout.action_tokens :].flatten(0, 1))
+    _, states_BTLD, _ = layout.parse(hidden_BLD)
+    return state_logits(backbone, layout, states_BTLD[:, 1:].flatten(0, 1))
 
 
 def action_loss(
@@ -86,9 +84,9 @@ def action_loss(
     imitate_B: torch.Tensor,
 ) -> torch.Tensor:
     """Mean cross-entropy of the action bins in windows worth imitating (0 where a batch has none)."""
-    steps = hidden_BLD[:, layout.action_offset(0) :].unflatten(1, (-1, layout.step_tokens))
+    _, _, actions_BTLD = layout.parse(hidden_BLD)
     ids = layout.vocabulary.action
-    logits = backbone.head(steps[:, :, : layout.action_dim], slice(ids.start, ids.stop))
+    logits = backbone.head(actions_BTLD[:, :, :-1], slice(ids.start, ids.stop))
     nll_BTA = F.cross_entropy(logits.movedim(-1, 1), window.action_bins_BTA, reduction="none")
     weight = imitate_B.float()
     return (nll_BTA.mean((1, 2)) * weight).sum() / weight.sum().clamp(min=1)

@@ -130,7 +130,9 @@ def score_horizons(world: WorldModel, episodes: Sequence[Episode], horizon: int,
                 imagined=np.concatenate([real[:1], imagined]),
                 rebuilt=world.frames.decode(codes_TN[1:, : world.config.camera_tokens]),
                 reward_H2=np.stack([imagination.reward_SH[0].cpu().numpy(), episode.reward_T[1 : horizon + 1]], 1),
-                proprio_H=np.abs(imagination.proprio_SHP[0].cpu().numpy() - episode.proprio_TP[1 : horizon + 1]).mean(1),
+                proprio_H=np.abs(imagination.proprio_SHP[0].cpu().numpy() - episode.proprio_TP[1 : horizon + 1]).mean(
+                    1
+                ),
             )
         )
     return HorizonScores(

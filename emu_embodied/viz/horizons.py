@@ -22,7 +22,9 @@ def draw_horizons(scores: HorizonScores, path: Path) -> Path:
     rows = []
     for real, imagined in list(zip(scores.real, scores.imagined, strict=True))[:SHOWN]:
         pair = np.concatenate([np.concatenate(list(real), 1), np.concatenate(list(imagined), 1)], 0)
-        rows.append(np.pad(pair.repeat(SCALE, 0).repeat(SCALE, 1), ((gap, gap), (gap, gap), (0, 0)), constant_values=255))
+        rows.append(
+            np.pad(pair.repeat(SCALE, 0).repeat(SCALE, 1), ((gap, gap), (gap, gap), (0, 0)), constant_values=255)
+        )
     picture = Image.fromarray(np.concatenate(rows))
     write_atomically(path, picture.save)
     return path

@@ -134,7 +134,7 @@ class IBQ(nn.Module):
         return torch.cat([self.paint(self.quantize.embedding(part)) for part in codes.split(rows)])
 
     def _rows(self, pixels: int) -> int:
-        return max(1, self.chunk_pixels // pixels)
+        return max(1, self.chunk_pixels // max(1, pixels))
 
     def forward(self, pixels: torch.Tensor) -> IBQOutput:
         """Reconstruct with gradients to encoder, decoder and the whole codebook.
@@ -205,7 +205,9 @@ class IBQ(nn.Module):
         """
         rows = unused.nonzero().flatten() if unused.dtype == torch.bool else unused.flatten()
         if len(rows):
-            norm = self.codebook.norm(dim=1).median()
+            kept = torch.ones(len(self.codebook), dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)
+            # As long as codes in use: a shorter one would never have the largest dot product.
+            norm = self.codebook[kept if kept.any() else ~kept].norm(dim=1).median()
             z = vectors.reshape(-1, vectors.shape[-1]).to(self.codebook.dtype)
             self.codebook[rows] = _directions(z, len(rows), generator) * norm
         return len(rows)

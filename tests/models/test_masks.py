@@ -109,7 +109,7 @@ def test_attention_over_a_shared_prefix_equals_separate_copies(groups, case, gra
         seen[-2:] = False
     mask = torch.cat([seen.expand(tokens, -1), own], 1)
     full_key, full_value = (
-        torch.cat([part.expand(3, -1, -1, -1), rest], 2) for part, rest in zip(prefix, (key, value))
+        torch.cat([part.expand(3, -1, -1, -1), rest], 2) for part, rest in zip(prefix, (key, value), strict=True)
     )
 
     def bias(mask: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,20 @@ from emu_embodied.models.transformer import EmuConfig, EmuForCausalLM
 REFERENCE = Path(__file__).parents[2] / ".." / "shared" / "emu35_reference" / "lm"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"{REFERENCE} holds the official outputs; absent")
 
+SHARED_WITH_QWEN3 = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
+
 
 def tiny(**changes) -> EmuConfig:
     shape = {
@@ -43,13 +57,10 @@ def build(config: EmuConfig, seed: int = 0) -> EmuForCausalLM:
 
 def qwen3(model: EmuForCausalLM) -> Qwen3ForCausalLM:
     config = model.config
-    same = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "rms_norm_eps bos_token_id eos_token_id pad_token_id"
-    ).split()
+    shape = {name: value for name, value in config.to_dict().items() if name in SHARED_WITH_QWEN3}
     theirs = Qwen3ForCausalLM(
         Qwen3Config(
-            **{name: getattr(config, name) for name in same},
+            **shape,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             tie_word_embeddings=False,
         )

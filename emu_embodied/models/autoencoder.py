@@ -6,6 +6,7 @@ State-dict keys are the official ones. Shape letters: B batch, C channels, H/W p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -123,22 +124,34 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention where the level has any."""
+    """Residual blocks of one resolution, each followed by attention where the level has any; then the way onwards."""
 
-    def __init__(self, config: IBQConfig, width_in: int, width_out: int, blocks: int, attention: bool) -> None:
+    def __init__(
+        self,
+        config: IBQConfig,
+        width_in: int,
+        width_out: int,
+        blocks: int,
+        attention: bool,
+        onwards: Literal["down", "up"] | None,
+    ) -> None:
         super().__init__()
         self.block = nn.ModuleList(
             ResnetBlock(config, width_in if index == 0 else width_out, width_out) for index in range(blocks)
         )
         self.attn = nn.ModuleList(AttnBlock(config, width_out) for _ in range(blocks if attention else 0))
+        self.downsample = Downsample(width_out) if onwards == "down" else None
+        self.upsample = Upsample(width_out) if onwards == "up" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] -> [B, C', H, W]."""
+        """[B, C, H, W] -> [B, C', H, W], or half or double the H and W."""
         for index, block in enumerate(self.block):
             x = block(x)
             if self.attn:
                 x = self.attn[index](x)
-        return x
+        if self.downsample is not None:
+            x = self.downsample(x)
+        return x if self.upsample is None else self.upsample(x)
 
 
 class Middle(nn.Module):
@@ -167,10 +180,8 @@ class Encoder(nn.Module):
         width = config.ch
         for index, level_width in enumerate(widths):
             attention = config.resolution // (config.patch * 2**index) in config.attn_resolutions
-            level = Level(config, width, level_width, config.num_res_blocks, attention)
-            if index < len(widths) - 1:
-                level.downsample = Downsample(level_width)
-            self.down.append(level)
+            onwards: Literal["down"] | None = "down" if index < len(widths) - 1 else None
+            self.down.append(Level(config, width, level_width, config.num_res_blocks, attention, onwards))
             width = level_width
         self.mid = Middle(config, width)
         self.norm_out = _norm(config, width)
@@ -179,10 +190,8 @@ class Encoder(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, z_channels, h, w]."""
         x = self.conv_in(F.pixel_unshuffle(pixels, self.patch))
-        for index, level in enumerate(self.down):
+        for level in self.down:
             x = level(x)
-            if index < len(self.down) - 1:
-                x = level.downsample(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -198,10 +207,8 @@ class Decoder(nn.Module):
         levels: list[Level] = []
         for index in reversed(range(len(widths))):
             attention = config.resolution // (config.patch * 2**index) in config.attn_resolutions
-            level = Level(config, width, widths[index], config.num_res_blocks + 1, attention)
-            if index > 0:
-                level.upsample = Upsample(widths[index])
-            levels.insert(0, level)
+            onwards: Literal["up"] | None = "up" if index > 0 else None
+            levels.insert(0, Level(config, width, widths[index], config.num_res_blocks + 1, attention, onwards))
             width = widths[index]
         self.up = nn.ModuleList(levels)
         self.norm_out = _norm(config, width)
@@ -213,6 +220,4 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for index in reversed(range(len(self.up))):
             x = self.up[index](x)
-            if index > 0:
-                x = self.up[index].upsample(x)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)

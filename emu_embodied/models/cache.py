@@ -39,7 +39,19 @@ class KVCache:
 
     Raises:
         ValueError: if ``prefix`` holds more than one sequence, or has a prefix itself.
+
+    Attributes:
+        length: own tokens held.
+        closed: whether it serves as a prefix.
+        keys: one tensor [batch, kv heads, capacity (rounded up), head dim] for each layer.
+        values: likewise.
     """
+
+    batch: int
+    prefix: KVCache | None
+    closed: bool
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
 
     def __init__(
         self,

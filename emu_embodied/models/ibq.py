@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -181,13 +182,13 @@ class IBQ(nn.Module):
         # Directions the encoder hardly uses are not blown up without bound.
         deviation = spread.clamp_min(1e-4 * spread[-1]).clamp_min(1e-12).sqrt()
         whiten = axes @ torch.diag(1 / deviation) @ axes.T
-        conv = self.quant_conv
-        conv.weight.copy_((whiten @ conv.weight.double().flatten(1)).view_as(conv.weight))
-        conv.bias.copy_(whiten @ (conv.bias.double() - mean))
-        conv = self.post_quant_conv
-        weight = conv.weight.double().flatten(1)
-        conv.bias.copy_(conv.bias.double() + weight @ mean)
-        conv.weight.copy_((weight @ axes @ torch.diag(deviation) @ axes.T).view_as(conv.weight))
+        before, after = self.quant_conv, self.post_quant_conv
+        assert before.bias is not None and after.bias is not None
+        before.weight.copy_((whiten @ before.weight.double().flatten(1)).view_as(before.weight))
+        before.bias.copy_(whiten @ (before.bias.double() - mean))
+        weight = after.weight.double().flatten(1)
+        after.bias.copy_(after.bias.double() + weight @ mean)
+        after.weight.copy_((weight @ axes @ torch.diag(deviation) @ axes.T).view_as(after.weight))
         z = ((z - mean) @ whiten).to(self.codebook.dtype)
         self.codebook.copy_(_directions(z, self.config.n_embed, generator) * math.sqrt(self.config.embed_dim))
 
@@ -238,7 +239,8 @@ class IBQ(nn.Module):
             state = _read_ckpt(path)
             compare_shapes(model, {name: (path, tuple(tensor.shape)) for name, tensor in state.items()}, folder)
         model.load_state_dict(state, assign=True)
-        return model.float().to(device=device, memory_format=torch.channels_last).eval()
+        model = model.to(device=device, dtype=torch.float32).eval()
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _directions(vectors: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -316,7 +318,9 @@ def _read_config(folder: Path) -> IBQConfig:
     needed = {"ch", "ch_mult", "num_res_blocks", "z_channels", "embed_dim", "n_embed"}
     if missing := sorted(needed - content.keys()):
         raise ValueError(f"{path} lacks {', '.join(missing)}: not a vision tokenizer's configuration")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+    }
     try:
         return IBQConfig(**{name: value for name, value in values.items() if name in known})
     except (TypeError, ValueError) as error:

@@ -6,6 +6,7 @@ Shape letters: B batch, T new tokens, D width, K env steps in a block, A action 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class Call:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Call:
         """The same for a layer that lives on another device (models spread over several)."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=non_blocking)
             for name in ("cos", "sin", "bias", "prefix_bias")
             if isinstance(value := getattr(self, name), torch.Tensor)

@@ -227,9 +227,12 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if not exactly one of ids and embeddings is given.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        if input_ids is not None and inputs_embeds is None:
+            embeds = self.embed(input_ids)
+        elif inputs_embeds is not None and input_ids is None:
+            embeds = inputs_embeds
+        else:
             raise ValueError("give either input_ids or inputs_embeds")
-        embeds = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         tokens = embeds.shape[1]
         borrowed = past_key_values is not None and not isinstance(past_key_values, KVCache)
         cache = BorrowedCache(past_key_values) if borrowed else past_key_values

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 HOME_Q = np.array([0.0, 0.1, 0.0, -2.2, 0.0, 2.3, np.pi / 4])
-"""Elbow-up posture [rad] that the redundant joint is drawn towards; tool over the middle of the table, pointing down."""
+"""[rad] elbow up, tool over the table and pointing down: the posture that the redundant joint is drawn towards."""
 
 _DAMPING = 0.03
 _POSTURE_GAIN = 0.1
@@ -100,7 +100,8 @@ class PandaChain:
         gram = jacobian @ jacobian.T
         gram.flat[::7] += _DAMPING**2
         step = jacobian.T @ np.linalg.solve(gram, error - jacobian @ posture) + posture
-        return np.clip(q + np.clip(step, -_MAX_JOINT_STEP, _MAX_JOINT_STEP), self.low, self.high)
+        step = np.minimum(np.maximum(step, -_MAX_JOINT_STEP), _MAX_JOINT_STEP)  # np.clip takes three times as long
+        return np.minimum(np.maximum(q + step, self.low), self.high)
 
     def solve(self, target_xyz: np.ndarray) -> np.ndarray:
         """Joint angles [7] with the tool at ``target_xyz`` [m], gripper pointing down, searched from ``HOME_Q``."""

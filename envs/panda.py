@@ -53,8 +53,8 @@ class Snapshot:
 class PandaEnv(gymnasium.Env):
     """A Panda arm at a table.
 
-    Actions are float32 [4] in [-1, 1]: tool displacement (x, y, z; 1 is 2.5 cm per env step) and gripper (-1 shut, 1 open).
-    Observations are a dictionary of the cameras (uint8 [size, size, 3]), ``proprio`` (float32 [7], see
+    Actions are float32 [4] in [-1, 1]: tool displacement (x, y, z; 1 is 2.5 cm per env step) and gripper (-1 shut,
+    1 open). Observations are a dictionary of the cameras (uint8 [size, size, 3]), ``proprio`` (float32 [7], see
     ``proprio_fields``) and ``instruction``. Episodes are truncated after ``max_episode_steps`` and never terminated:
     ``info["success"]`` says whether the state solves the task.
 
@@ -251,10 +251,10 @@ class PandaEnv(gymnasium.Env):
         self._state = None
 
     def _advance(self, action: np.ndarray) -> float:
-        action = np.clip(action, -1.0, 1.0)
+        action = np.minimum(np.maximum(action, -1.0), 1.0)
         ee = self.world_state().ee_xyz
-        target = np.clip(self._target + MAX_MOVE * action[:3], ee - MAX_LEAD, ee + MAX_LEAD)
-        self._target = np.clip(target, self._low, self._high)
+        target = np.minimum(np.maximum(self._target + MAX_MOVE * action[:3], ee - MAX_LEAD), ee + MAX_LEAD)
+        self._target = np.minimum(np.maximum(target, self._low), self._high)
         self._joints = self._chain.follow(self._joints, self._target)
         opening = self.task.locked_opening
         if opening is None:

@@ -36,6 +36,20 @@ def env_ids() -> tuple[str, ...]:
     return tuple(_SPECS)
 
 
+def check_env_id(env_id: str) -> EnvSpec:
+    """What an id stands for, without importing an engine.
+
+    Raises:
+        ValueError: if there is no such id; the message names the nearest one.
+    """
+    if env_id in _SPECS:
+        return _SPECS[env_id]
+    by_lower = {known.lower(): known for known in _SPECS}
+    near = difflib.get_close_matches(env_id.lower(), by_lower, n=1, cutoff=0.4)
+    hint = f"did you mean {by_lower[near[0]]!r}? " if near else ""
+    raise ValueError(f"unknown environment {env_id!r}; {hint}known: {', '.join(_SPECS)}")
+
+
 def make(env_id: str, **kwargs: Any) -> PandaEnv:
     """Make an environment without Gymnasium's wrappers, so that it is a ``Simulator``.
 
@@ -46,14 +60,9 @@ def make(env_id: str, **kwargs: Any) -> PandaEnv:
     Raises:
         ValueError: if there is no such id; the message names the nearest one.
     """
+    spec = check_env_id(env_id)
     from emu_embodied.envs.panda import PandaEnv
 
-    spec = _SPECS.get(env_id)
-    if spec is None:
-        by_lower = {known.lower(): known for known in _SPECS}
-        near = difflib.get_close_matches(env_id.lower(), by_lower, n=1, cutoff=0.4)
-        hint = f"did you mean {by_lower[near[0]]!r}? " if near else ""
-        raise ValueError(f"unknown environment {env_id!r}; {hint}known: {', '.join(_SPECS)}")
     return PandaEnv(**{"task": spec.task, "engine": spec.engine, "env_id": env_id, **kwargs})
 
 

@@ -1,6 +1,6 @@
 """The tasks, defined once and without an engine: what lies where, what is asked, what is rewarded, what is success.
 
-Frame of reference: the robot's base is the origin, x points away from it, y to *its* left, z up; the table top is z = 0.
+Frame of reference: the robot's base is the origin, x points away from it, y to *its* left, z up; the table is z = 0.
 Sides in instructions are those of the picture: the ``front`` camera faces the robot, so "left" is -y.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -94,7 +94,7 @@ class Task(ABC):
     name: str
     max_episode_steps: int
     """[env steps]"""
-    weights: dict[str, float]
+    weights: ClassVar[dict[str, float]]
     """Reward term -> weight; they sum to 1, so the reward is in [0, 1]."""
     slots: tuple[tuple[str, Shape, float], ...]
     """(name, shape, size [m]) of every item, the same in every episode."""
@@ -149,7 +149,7 @@ class PandaReach(Task):
 
     name = "PandaReach"
     max_episode_steps = 30
-    weights = {"near": 0.4, "touch": 0.4, "success": 0.2}
+    weights: ClassVar[dict[str, float]] = {"near": 0.4, "touch": 0.4, "success": 0.2}
     tool_floor = 0.03
     slots = (("ball_0", "ball", 0.03), ("ball_1", "ball", 0.03))
     radius = 0.04
@@ -198,7 +198,7 @@ class PandaPush(Task):
 
     name = "PandaPush"
     max_episode_steps = 60
-    weights = {"approach": 0.3, "place": 0.5, "success": 0.2}
+    weights: ClassVar[dict[str, float]] = {"approach": 0.3, "place": 0.5, "success": 0.2}
     slots = (
         ("cube_0", "cube", 0.03),
         ("cube_1", "cube", 0.03),
@@ -268,7 +268,7 @@ class PandaPickPlace(Task):
 
     name = "PandaPickPlace"
     max_episode_steps = 80
-    weights = {"approach": 0.2, "grasp": 0.2, "lift": 0.2, "place": 0.25, "success": 0.15}
+    weights: ClassVar[dict[str, float]] = {"approach": 0.2, "grasp": 0.2, "lift": 0.2, "place": 0.25, "success": 0.15}
     edge = 0.045
     """[m] the cube's edge; the gripper opens to 0.08."""
     slots = (

@@ -186,7 +186,7 @@ class BulletEngine:
             client.changeVisualShape(body, -1, rgbaColor=(*COLOURS[item.colour], 1.0))
 
     def _forget_contacts(self) -> None:
-        """Take one step with the cubes out of reach: Bullet's contacts outlive the restoring of a state without them."""
+        """Step once with the cubes out of reach: Bullet's contacts outlive the restoring of a state without them."""
         self._client.restoreState(self._pristine)
         self._client.stepSimulation()
 

@@ -42,6 +42,9 @@ class MujocoEngine:
             (model.joint(n).qposadr[0], model.joint(n).dofadr[0]) if s == "cube" else None for n, s, _ in task.slots
         ]
         self._mocap = [int(model.body_mocapid[body]) for body in self._body]
+        # Views of MuJoCo's arrays: looking them up by name costs as much as reading them.
+        self._site_xpos, self._xpos = self._data.site_xpos[self._tool], self._data.xpos
+        self._qpos, self._qvel, self._ctrl = self._data.qpos, self._data.qvel, self._data.ctrl
         self._velocity = np.zeros(6)
 
     def reset(self, scene: Scene, joints: np.ndarray) -> None:
@@ -62,8 +65,8 @@ class MujocoEngine:
 
     def advance(self, joints: np.ndarray, opening: float) -> None:
         """See ``ArmEngine``."""
-        self._data.ctrl[:7] = joints
-        self._data.ctrl[7:] = opening / 2
+        self._ctrl[:7] = joints
+        self._ctrl[7:] = opening / 2
         mujoco.mj_step(self._model, self._data, _SUBSTEPS)
         self._refresh()
 
@@ -76,17 +79,16 @@ class MujocoEngine:
 
     def state(self) -> WorldState:
         """See ``ArmEngine``."""
-        data = self._data
-        mujoco.mj_objectVelocity(self._model, data, mujoco.mjtObj.mjOBJ_SITE, self._tool, self._velocity, 0)
+        mujoco.mj_objectVelocity(self._model, self._data, mujoco.mjtObj.mjOBJ_SITE, self._tool, self._velocity, 0)
         item_velocity = np.zeros((len(self._body), 3))
         for i, free in enumerate(self._free):
             if free is not None:
-                item_velocity[i] = data.qvel[free[1] : free[1] + 3]
+                item_velocity[i] = self._qvel[free[1] : free[1] + 3]
         return WorldState(
-            ee_xyz=data.site_xpos[self._tool].copy(),
+            ee_xyz=self._site_xpos.copy(),
             ee_velocity=self._velocity[3:].copy(),
-            opening=float(data.qpos[self._fingers].sum()),
-            item_xyz=data.xpos[self._body],
+            opening=float(self._qpos[self._fingers].sum()),
+            item_xyz=self._xpos[self._body],
             item_velocity=item_velocity,
         )
 

@@ -33,6 +33,6 @@ def choose_gl() -> str | None:
             os.environ.setdefault("PYOPENGL_PLATFORM", "egl")
         chooser = sys.modules.get("mujoco.rendering.classic.gl_context")
         if chooser is not None:
-            # MuJoCo was imported before and has settled on a window system; it looks again when this module is reloaded.
+            # MuJoCo was imported before and settled on a window system; reloaded, this module looks again.
             importlib.reload(chooser)
     return os.environ.get("MUJOCO_GL")

@@ -89,7 +89,7 @@ def _dress_arm(spec: mujoco.MjSpec) -> None:
 
 
 def _add_fine_meshes(spec: mujoco.MjSpec, names: set[str]) -> None:
-    """Show the URDF's visual meshes (a hundred times the faces) instead of those it collides with; no mass, no contacts."""
+    """Show the URDF's visual meshes (a hundred times the faces) instead of those that collide; no mass, no contacts."""
     for body in spec.bodies:
         for coarse in [geom for geom in body.geoms if geom.meshname]:
             file = f"meshes/visual/{coarse.meshname}.obj"

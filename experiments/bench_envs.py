@@ -1,0 +1,134 @@
+"""How fast the worlds are on one core: physics, pictures, and the tuned renderer against MuJoCo's own settings.
+
+python -m emu_embodied.experiments.bench_envs --json results/bench_envs.json
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from emu_embodied.envs import env_ids, make
+from emu_embodied.envs.panda import PandaEnv
+from emu_embodied.files import write_json
+from emu_embodied.provenance import make_meta, meta_dict
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """What to measure."""
+
+    env: str = ""
+    """Environment ids with commas between; all where empty."""
+    steps: int = 300
+    """Env steps in one measurement [env steps]."""
+    default_frames: int = 10
+    """Pictures in one measurement of MuJoCo's default flags, which take long [pictures]."""
+    repeats: int = 5
+    """Measurements of each kind; the median is reported."""
+    json: Path | None = None
+    """Where to write the rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One environment. All times are CPU times of one core, which a busy machine disturbs less than wall times."""
+
+    env: str
+    steps_per_second: float
+    """Env steps per second without pictures [1/s]."""
+    steps_per_second_64px: float
+    """Env steps per second with one 64-px picture after each [1/s]."""
+    frame_ms: float
+    """One 64-px picture [ms]."""
+    default_frame_ms: float | None
+    """The same picture with MuJoCo's default flags (shadows, reflections, four samples) [ms]; None in Bullet."""
+    default_ratio: float | None
+    """``default_frame_ms / frame_ms``; None in Bullet."""
+
+
+def bench(env_id: str, config: BenchConfig) -> Row:
+    """Measure one environment."""
+    env = make(env_id, cameras=("front",))
+    env.reset(seed=0)
+    rng = np.random.default_rng(0)
+
+    def step(*, render: bool) -> None:
+        env.step_block(rng.uniform(-1, 1, (1, 4)), render=render)
+
+    frame_ms = _milliseconds(lambda: env.render("front"), config.steps, config.repeats)
+    default_ms = None if "Bullet" in env_id else _default_frame_ms(env, config)
+    row = Row(
+        env=env_id,
+        steps_per_second=1e3 / _milliseconds(lambda: step(render=False), config.steps, config.repeats),
+        steps_per_second_64px=1e3 / _milliseconds(lambda: step(render=True), config.steps, config.repeats),
+        frame_ms=frame_ms,
+        default_frame_ms=default_ms,
+        default_ratio=None if default_ms is None else default_ms / frame_ms,
+    )
+    env.close()
+    return row
+
+
+def _default_frame_ms(env: PandaEnv, config: BenchConfig) -> float:
+    """The same world in the same state, drawn by a renderer that was left as MuJoCo makes it."""
+    import mujoco
+
+    from emu_embodied.envs.mujoco.model import build_model
+
+    model = build_model(env.task, image_size=64, pretty=False)
+    defaults = mujoco.MjModel.from_xml_string("<mujoco/>").vis.quality
+    model.vis.quality.offsamples, model.vis.quality.shadowsize = defaults.offsamples, defaults.shadowsize
+    model.light_castshadow[:] = 1
+    data = mujoco.MjData(model)
+    mujoco.mj_setState(model, data, env.snapshot().engine, int(mujoco.mjtState.mjSTATE_INTEGRATION))
+    mujoco.mj_forward(model, data)
+    with mujoco.Renderer(model, 64, 64) as renderer:
+
+        def picture() -> np.ndarray:
+            renderer.update_scene(data, "front")
+            return renderer.render()
+
+        return _milliseconds(picture, config.default_frames, config.repeats)
+
+
+def _milliseconds(run: Callable[[], object], times: int, repeats: int) -> float:
+    """CPU time of one ``run`` [ms]: the median over ``repeats`` of the mean over ``times``."""
+    run()  # renderers are made and caches filled on the first use
+    taken = []
+    for _ in range(repeats):
+        start = time.process_time()
+        for _ in range(times):
+            run()
+        taken.append((time.process_time() - start) / times)
+    return 1e3 * float(np.median(taken))
+
+
+def main(config: BenchConfig) -> None:
+    """Measure, print a table, write JSON."""
+    # One thread for a software OpenGL, whose figures are then per core too. Read when the first engine is imported.
+    os.environ.setdefault("LP_NUM_THREADS", "0")
+    ids = [name.strip() for name in config.env.split(",") if name.strip()] or env_ids()
+    print(f"{'env':24s} {'steps/s':>8s} {'with 64 px':>10s} {'frame ms':>9s} {'default ms':>10s} {'ratio':>6s}")
+    rows = []
+    for env_id in ids:
+        row = bench(env_id, config)
+        rows.append(row)
+        default = (
+            f"{row.default_frame_ms:10.2f} {row.default_ratio:6.1f}" if row.default_ratio else f"{'-':>10s} {'-':>6s}"
+        )
+        print(
+            f"{env_id:24s} {row.steps_per_second:8.0f} {row.steps_per_second_64px:10.0f} {row.frame_ms:9.2f} {default}"
+        )
+    if config.json is not None:
+        write_json(config.json, {"rows": [asdict(row) for row in rows], "meta": meta_dict(make_meta())})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchConfig))

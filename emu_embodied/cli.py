@@ -12,18 +12,22 @@ import sys
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from tyro.conf import arg, subcommand
+from tyro.conf import subcommand
 
-Device = Annotated[str, arg(metavar="{auto,cpu,cuda,cuda:N}")]
+from emu_embodied.cli_train import Device, Train, TrainDida, TrainTokenizer, TrainWorld
+
+if TYPE_CHECKING:
+    from emu_embodied.policies.registry import PolicySpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Say what this machine has (GL, devices, threads, versions, shipped weights) and what to do about what is missing."""
+    """Say what this machine has (GL, devices, threads, versions, weights), and what to do about what is missing."""
 
     json: bool = False
     """Print JSON instead of text."""
@@ -54,6 +58,8 @@ class Collect:
     """Processes; the bytes recorded do not depend on it."""
     seed: int = 0
     """Run seed. Small reset seeds stay free for evaluation."""
+    image_size: int = 64
+    """Side of a frame [pixels]; the preset `base` reads 128."""
     mixture: dict[str, float] = field(
         default_factory=lambda: {"expert": 0.25, "noisy": 0.35, "random": 0.2, "play": 0.2}
     )
@@ -76,141 +82,13 @@ class Collect:
             seed=self.seed,
             mixture=self.mixture,
         )
-        result = collect(config, make, BEHAVIOURS, meta=meta_dict(make_meta(seed=self.seed)))
-        print(f"{len(result.store)} episodes in {self.out} ({result.recorded} new), data hash {result.store.data_hash[:16]}")
+        simulators = partial(make, image_size=self.image_size)
+        result = collect(config, simulators, BEHAVIOURS, meta=meta_dict(make_meta(seed=self.seed)))
+        stored, name = len(result.store), result.store.data_hash[:16]
+        print(f"{stored} episodes in {self.out} ({result.recorded} new), data hash {name}")
         for name, (solved, total) in sorted(result.success.items()):
             print(f"  {name}: {solved} of {total} episodes successful")
         return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stage:
-    """Flags that the training stages share."""
-
-    preset: str = "nano"
-    """Size: nano (a laptop's CPU), small (one GPU, an hour) or base (one GPU, a day)."""
-    data: Path
-    """Dataset folder that `collect` made."""
-    out: Path
-    """Checkpoint folder. All three stages may share it; a stage that is there already needs --resume."""
-    steps: int | None = None
-    """Optimizer steps, over all calls; the preset's if left out."""
-    max_minutes: float | None = None
-    """Stop (with a decayed learning rate) after this time [min]."""
-    resume: bool = False
-    """Continue a run that was stopped."""
-    seed: int = 0
-    """Seed of weights, batches and noise."""
-    batch: int | None = None
-    """Batch size (frames, or windows of states); the preset's if left out."""
-    learning_rate: float | None = None
-    """Peak learning rate; the preset's if left out."""
-    threads: int = 0
-    """CPU threads; 0 leaves torch's choice."""
-    device: Device = "auto"
-    """Where to train."""
-
-    def _loop(self, default: object) -> object:
-        from emu_embodied.train.loop import LoopConfig
-
-        assert isinstance(default, LoopConfig)
-        given = {"steps": self.steps, "max_minutes": self.max_minutes, "learning_rate": self.learning_rate}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        return replace(default, seed=self.seed, threads=self.threads, device=self.device, **chosen)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainTokenizer(_Stage):
-    """Stage 1: frames to codes (IBQ), from the pixels of a dataset."""
-
-    def run(self) -> int:
-        """Train."""
-        from emu_embodied.data.episodes import EpisodeStore
-        from emu_embodied.presets import preset
-        from emu_embodied.train.tokenizer import TokenizerTraining, train_tokenizer
-
-        row = preset(self.preset)
-        store = EpisodeStore.open(self.data)
-        config = TokenizerTraining()
-        config = replace(config, loop=self._loop(config.loop), batch=self.batch or config.batch)
-        train_tokenizer(store, row.ibq, row.cameras, config, self.out, resume=self.resume)
-        print(f"tokenizer in {self.out / 'tokenizer'}; next: emu-embodied train world --data {self.data} --out {self.out}")
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainWorld(_Stage):
-    """Stage 2: the transformer, by next token over interleaved instruction, states and actions."""
-
-    tokenizer: Path | None = None
-    """Folder of the vision tokenizer; by default the one in --out, else the shipped one of the same preset."""
-
-    def run(self) -> int:
-        """Train."""
-        from emu_embodied.data.episodes import EpisodeStore
-        from emu_embodied.presets import preset
-        from emu_embodied.tokens.frames import IBQFrameTokenizer
-        from emu_embodied.train.pretrain import WorldTraining, train_world
-        from emu_embodied.world_model import WEIGHTS
-
-        row = preset(self.preset)
-        store = EpisodeStore.open(self.data)
-        candidates = [self.tokenizer] if self.tokenizer else [self.out / "tokenizer", WEIGHTS / self.preset / "tokenizer"]
-        folder = next((c for c in candidates if c.is_dir()), None)
-        if folder is None:
-            raise ValueError(f"no tokenizer in {candidates[0]}: run `emu-embodied train tokenizer --out {self.out}` first")
-        print(f"tokenizer: {folder}")
-        config = WorldTraining()
-        config = replace(config, loop=self._loop(config.loop), batch=self.batch or config.batch)
-        train_world(store, row, IBQFrameTokenizer.from_pretrained(folder), config, self.out, resume=self.resume)
-        print(f"world model in {self.out}; next: emu-embodied train dida --data {self.data} --out {self.out}")
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainDida(_Stage):
-    """Stage 3: discrete diffusion adaptation, after which a state is predicted in parallel."""
-
-    init: str | None = None
-    """Checkpoint to adapt: a folder or a shipped name; by default the one in --out, else the shipped one."""
-
-    def run(self) -> int:
-        """Train."""
-        from emu_embodied.data.episodes import EpisodeStore
-        from emu_embodied.train.adapt import train_dida
-        from emu_embodied.train.pretrain import WorldTraining
-        from emu_embodied.world_model import WorldModel
-
-        store = EpisodeStore.open(self.data)
-        inside = (self.out / "world.json").exists()
-        source = self.init or (str(self.out) if inside else self.preset)
-        print(f"adapting: {source}")
-        world = WorldModel.from_pretrained(source)
-        config = WorldTraining()
-        config = replace(config, loop=self._loop(config.loop), batch=self.batch or config.batch)
-        train_dida(store, world, config, self.out, resume=self.resume)
-        print(f"adapted world model in {self.out}; next: emu-embodied plan --checkpoint {self.out} --env ...")
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    """Train one stage: tokenizer, then world, then dida. All three may share one --out."""
-
-    stage: (
-        Annotated[TrainTokenizer, subcommand("tokenizer")]
-        | Annotated[TrainWorld, subcommand("world")]
-        | Annotated[TrainDida, subcommand("dida")]
-    )
-
-    def run(self) -> int:
-        """Train the stage."""
-        from emu_embodied.train.loop import TrainingFailed
-
-        try:
-            return self.stage.run()
-        except TrainingFailed as error:
-            raise ValueError(str(error)) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,12 +110,17 @@ class _Search:
     device: Device = "auto"
     """Where the world model runs."""
 
-    def _spec(self, policy: str) -> object:
+    def _spec(self, policy: str) -> PolicySpec:
         from emu_embodied.hardware import pick_device
         from emu_embodied.policies.registry import PlanningBudget, PolicySpec
 
-        given = {"samples": self.samples, "iterations": self.iterations, "horizon": self.horizon}
-        budget = replace(PlanningBudget(), **{name: value for name, value in given.items() if value is not None})
+        default = PlanningBudget()
+        budget = replace(
+            default,
+            samples=default.samples if self.samples is None else self.samples,
+            iterations=default.iterations if self.iterations is None else self.iterations,
+            horizon=default.horizon if self.horizon is None else self.horizon,
+        )
         return PolicySpec(
             name=policy,
             checkpoint=self.checkpoint,
@@ -268,20 +151,22 @@ class Plan(_Search):
         """Plan, draw, and print the verdict."""
         from tqdm import tqdm
 
-        from emu_embodied.envs.registry import make
+        from emu_embodied.envs.registry import check_env_id, make
         from emu_embodied.policies.episode import run_episode
-        from emu_embodied.policies.registry import PolicySpec, check_fits, make_policy
+        from emu_embodied.policies.registry import check_fits, make_policy
         from emu_embodied.provenance import make_meta
         from emu_embodied.viz.report import write_plan_report
         from emu_embodied.world_model import WorldModel
 
         if (self.out / "result.json").exists():
             raise ValueError(f"{self.out} holds a result already: give another --out")
+        check_env_id(self.env)
         spec = self._spec(self.policy)
-        assert isinstance(spec, PolicySpec)
-        simulator = make(self.env)
         world = WorldModel.from_pretrained(self.checkpoint, device=spec.device) if spec.imagines else None
-        if world is not None:
+        if world is None:
+            simulator = make(self.env)
+        else:
+            simulator = make(self.env, image_size=world.config.image_size)
             check_fits(world, simulator)
         policy = make_policy(spec, simulator, seed=self.seed, world_model=world, record=True)
         blocks = simulator.max_episode_steps // simulator.block
@@ -327,31 +212,29 @@ class Bench(_Search):
         """Measure."""
         from emu_embodied.envs.registry import check_env_id, make
         from emu_embodied.policies.evaluate import bench, format_table, read_results, write_results
-        from emu_embodied.policies.registry import PolicySpec
         from emu_embodied.provenance import make_meta
+        from emu_embodied.world_config import WorldModelConfig, checkpoint_folder
 
         env_ids = [name.strip() for name in self.env.split(",")]
         for env_id in env_ids:
             check_env_id(env_id)
-        specs = [self._spec(name.strip()) for name in self.policy.split(",")]
-        policies = [spec for spec in specs if isinstance(spec, PolicySpec)]
+        policies = [self._spec(name.strip()) for name in self.policy.split(",")]
         if self.episodes < 1:
             raise ValueError(f"--episodes is {self.episodes}, it has to be at least 1")
         kept = read_results(self.json) if self.json.exists() else []
         wanted = {(env_id, spec.name) for env_id in env_ids for spec in policies}
         others = [row for row in kept if (row.env, row.policy) not in wanted]
-        data_hash = None
+        data_hash, simulators = None, partial(make)
         if any(spec.imagines for spec in policies):
-            from emu_embodied.world_model import WorldModelConfig, checkpoint_folder
-
-            data_hash = WorldModelConfig.load(checkpoint_folder(self.checkpoint) / "world.json").data_hash
+            world = WorldModelConfig.load(checkpoint_folder(self.checkpoint) / "world.json")
+            data_hash, simulators = world.data_hash, partial(make, image_size=world.image_size)
         meta = make_meta(seed=self.seed, data_hash=data_hash)
         rows = bench(
             env_ids,
             policies,
             episodes=self.episodes,
             seed=self.seed,
-            make_simulator=make,
+            make_simulator=simulators,
             workers=self.workers,
             kept=kept,
             on_row=lambda done: write_results(self.json, [*others, *done], meta),
@@ -392,10 +275,10 @@ class Imagine:
     def run(self) -> int:
         """Imagine and compare."""
         from emu_embodied.data.recording import record_episode
-        from emu_embodied.envs.registry import make
+        from emu_embodied.envs.registry import check_env_id, make
         from emu_embodied.files import write_json
         from emu_embodied.hardware import pick_device
-        from emu_embodied.metrics.horizons import held_out_episodes, score_horizons
+        from emu_embodied.metrics.horizons import record_fresh, score_horizons
         from emu_embodied.policies.behaviours import BEHAVIOURS
         from emu_embodied.policies.registry import check_fits
         from emu_embodied.provenance import make_meta, meta_dict
@@ -404,12 +287,17 @@ class Imagine:
 
         if self.horizon < 1 or self.episodes < 1:
             raise ValueError("--horizon and --episodes have to be at least 1")
+        for written in (self.json, self.out / "imagine.png"):
+            if written.exists():
+                raise ValueError(f"{written} exists already: give another --json and --out")
+        check_env_id(self.env)
         world = WorldModel.from_pretrained(self.checkpoint, device=str(pick_device(self.device)))
         if self.decoding != "default":
             world = world.with_decoding(self.decoding, passes=self.passes)
-        simulator = make(self.env, max_episode_steps=world.block * self.horizon)
+        steps = world.block * self.horizon
+        simulator = make(self.env, max_episode_steps=steps, image_size=world.config.image_size)
         check_fits(world, simulator)
-        episodes = held_out_episodes(simulator, BEHAVIOURS, record_episode, self.env, self.episodes, self.seed)
+        episodes = record_fresh(simulator, BEHAVIOURS, record_episode, self.env, self.episodes, self.seed)
         simulator.close()
         scores = score_horizons(world, episodes, self.horizon, seed=self.seed)
         meta = make_meta(seed=self.seed, data_hash=world.config.data_hash, decoding=self.decoding, passes=self.passes)
@@ -464,26 +352,31 @@ Command = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse a command line and run it; user errors print one line and return 2."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may wait for a hub
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # nor print over our own progress
     arguments = sys.argv[1:] if arguments is None else arguments
     if mistake := unknown_word(arguments):
-        print(f"emu-embodied: error: {mistake}", file=sys.stderr)
-        return 2
+        return _refuse(mistake)
     command = tyro.cli(
-        Command,  # type: ignore[arg-type]  # a union of commands is what tyro takes
+        Command,
         prog="emu-embodied",
         description="World models a robot can plan with: collect, train, imagine, plan, measure.",
         args=arguments,
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     try:
-        return command.run()
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            return command.run()
     except (ValueError, ImportError, OSError) as error:
-        print(f"emu-embodied: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except KeyboardInterrupt:
         print("emu-embodied: interrupted", file=sys.stderr)
         return 130
+
+
+def _refuse(message: str) -> int:
+    print(f"emu-embodied: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from emu_embodied.hardware import GLProbe, Hardware, describe_hardware, probe_gl
+from emu_embodied.hardware import GLProbe, Hardware, describe_hardware, pick_device, pick_dtype, probe_gl
 from emu_embodied.provenance import package_versions
 
 EXTRAS = {"tensorboard": "track", "tiktoken": "emu35", "yaml": "emu35"}
@@ -56,12 +56,13 @@ class Report:
         h = self.hardware
         devices = ", ".join(f"{a.device} {a.name} ({a.memory_gb:.0f} GB)" for a in h.accelerators) or "none"
         drawn = f"{self.gl.backend} ({self.gl.renderer})" if self.gl.backend else "NOT WORKING"
+        weights = [f"{w.name} ({w.megabytes:.1f} MB: {', '.join(w.env_ids)})" for w in self.weights]
         rows = {
             "processor": f"{h.cpu}, {h.cores} cores, {h.memory_gb:.0f} GB, {h.system}",
             "torch": f"{self.versions.get('torch', 'missing')}, {h.torch_threads} threads, trains in {self.dtype}",
             "CUDA devices": devices,
             "off-screen GL": drawn,
-            "weights": ", ".join(f"{w.name} ({w.megabytes:.1f} MB: {', '.join(w.env_ids)})" for w in self.weights) or "none",
+            "weights": ", ".join(weights) or "none",
             "versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
         }
         lines = [f"{name:<14} {value}" for name, value in rows.items()]
@@ -81,8 +82,6 @@ def examine() -> Report:
     if not weights:
         advice.append("no shipped weights: train some (README, 'Train your own') or install the package from a wheel")
     advice += [f"optional: pip install 'emu-embodied[{extra}]' for {name}" for name, extra in extras.items()]
-    from emu_embodied.hardware import pick_device, pick_dtype
-
     dtype = str(pick_dtype("auto", pick_device("auto"))).removeprefix("torch.")
     return Report(
         hardware=hardware,
@@ -97,7 +96,7 @@ def examine() -> Report:
 
 
 def _shipped() -> list[Shipped]:
-    from emu_embodied.world_model import WEIGHTS, WorldModelConfig, shipped
+    from emu_embodied.world_config import WEIGHTS, WorldModelConfig, shipped
 
     found = []
     for name in shipped():

@@ -49,7 +49,7 @@ class HorizonScores:
 
     Attributes:
         rows: one for each horizon.
-        real: camera -> uint8 [E, H + 1, height, width, 3], of the model's first camera.
+        real: uint8 [E, H + 1, height, width, 3], frames of the model's first camera.
         imagined: the same, H imagined frames after the first real one.
         instructions: one for each episode.
     """
@@ -61,21 +61,25 @@ class HorizonScores:
 
     def table(self) -> str:
         """The rows as text."""
-        head = f"{'h':>2} {'tokens':>7} {'changed':>8} {'copy':>6} {'PSNR':>6} {'copy':>6} {'ceiling':>8} {'reward r':>9} {'proprio':>8}"
+        titles = ("h", "tokens", "changed", "copy", "PSNR", "copy", "ceiling", "reward r", "proprio")
         lines = [
-            f"{r.h:>2} {r.token_accuracy:>7.3f} {_number(r.changed_token_accuracy, 8)} {r.copy_last_token_accuracy:>6.3f} "
-            f"{r.psnr:>6.2f} {r.copy_last_psnr:>6.2f} {r.tokenizer_psnr:>8.2f} {_number(r.reward_corr, 9)} "
-            f"{r.proprio_mae:>8.4f}"
-            for r in self.rows
+            (
+                str(row.h),
+                f"{row.token_accuracy:.3f}",
+                "-" if row.changed_token_accuracy is None else f"{row.changed_token_accuracy:.3f}",
+                f"{row.copy_last_token_accuracy:.3f}",
+                f"{row.psnr:.2f}",
+                f"{row.copy_last_psnr:.2f}",
+                f"{row.tokenizer_psnr:.2f}",
+                "-" if row.reward_corr is None else f"{row.reward_corr:.3f}",
+                f"{row.proprio_mae:.4f}",
+            )
+            for row in self.rows
         ]
-        return "\n".join([head, *lines])
+        return "\n".join("  ".join(f"{cell:>8}" for cell in line) for line in (titles, *lines))
 
 
-def _number(value: float | None, width: int) -> str:
-    return f"{value:>{width}.3f}" if value is not None else f"{'-':>{width}}"
-
-
-def held_out_episodes(
+def record_fresh(
     simulator: Any,
     behaviours: Mapping[str, Callable[..., Any]],
     record: Callable[..., Episode],
@@ -83,7 +87,16 @@ def held_out_episodes(
     episodes: int,
     seed: int,
 ) -> list[Episode]:
-    """Record fresh episodes, the behaviours in turn; reset seeds ``seed``, ``seed + 1`` ... are never drawn by ``collect``."""
+    """Record episodes that no model has seen, the behaviours in turn.
+
+    Args:
+        simulator: where; its episodes have to be as long as the horizon that will be judged.
+        behaviours: name -> factory.
+        record: ``record_episode``.
+        env_id: id of the simulator.
+        episodes: how many.
+        seed: first reset seed, the others follow; ``collect`` draws its own from 32 bits.
+    """
     recorded = []
     for i in tqdm(range(episodes), desc="real episodes", unit="episode"):
         source = tuple(behaviours)[i % len(behaviours)]
@@ -122,6 +135,7 @@ def score_horizons(world: WorldModel, episodes: Sequence[Episode], horizon: int,
         )
         real = episode.frames[camera][: horizon + 1]
         imagined = world.render(imagination, [0], list(range(horizon)))[camera][0]
+        felt_HP = imagination.proprio_SHP[0].cpu().numpy()
         found.append(
             _Compared(
                 right_HN=(imagination.tokens_SHN[0] == codes_TN[1:]).cpu().numpy(),
@@ -130,9 +144,7 @@ def score_horizons(world: WorldModel, episodes: Sequence[Episode], horizon: int,
                 imagined=np.concatenate([real[:1], imagined]),
                 rebuilt=world.frames.decode(codes_TN[1:, : world.config.camera_tokens]),
                 reward_H2=np.stack([imagination.reward_SH[0].cpu().numpy(), episode.reward_T[1 : horizon + 1]], 1),
-                proprio_H=np.abs(imagination.proprio_SHP[0].cpu().numpy() - episode.proprio_TP[1 : horizon + 1]).mean(
-                    1
-                ),
+                proprio_H=np.abs(felt_HP - episode.proprio_TP[1 : horizon + 1]).mean(1),
             )
         )
     return HorizonScores(

@@ -1,0 +1,170 @@
+"""The ``train`` subcommand: one dataclass of flags for each stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import arg, subcommand
+
+if TYPE_CHECKING:
+    from emu_embodied.train.loop import LoopConfig, LoopResult
+
+Device = Annotated[str, arg(metavar="{auto,cpu,cuda,cuda:N}")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stage:
+    """Flags that the training stages share."""
+
+    preset: str = "nano"
+    """Size: nano (a laptop's CPU), small (one GPU, an hour) or base (one GPU, a day)."""
+    data: Path
+    """Dataset folder that `collect` made."""
+    out: Path
+    """Checkpoint folder. All three stages may share it; a stage that is there already needs --resume."""
+    steps: int | None = None
+    """Optimizer steps, over all calls; the stage's own number if left out."""
+    max_minutes: float | None = None
+    """Stop (with a decayed learning rate) after this time [min]."""
+    resume: bool = False
+    """Continue a run that was stopped."""
+    seed: int = 0
+    """Seed of weights, batches and noise."""
+    batch: int | None = None
+    """Batch size (frames, or windows of states); the stage's own if left out."""
+    learning_rate: float | None = None
+    """Peak learning rate; the stage's own if left out."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    device: Device = "auto"
+    """Where to train."""
+
+    def _loop(self, default: LoopConfig) -> LoopConfig:
+        return replace(
+            default,
+            steps=default.steps if self.steps is None else self.steps,
+            max_minutes=self.max_minutes,
+            learning_rate=default.learning_rate if self.learning_rate is None else self.learning_rate,
+            seed=self.seed,
+            threads=self.threads,
+            device=self.device,
+        )
+
+    def _report(self, result: LoopResult, success: str) -> int:
+        if result.stopped == "signal":
+            print(f"interrupted at step {result.step}: the same command with --resume goes on from there")
+            return 130
+        print(success)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizer(_Stage):
+    """Stage 1: frames to codes (IBQ), from the pixels of a dataset."""
+
+    def run(self) -> int:
+        """Train."""
+        from emu_embodied.data.episodes import EpisodeStore
+        from emu_embodied.presets import preset
+        from emu_embodied.train.tokenizer import TokenizerTraining, train_tokenizer
+
+        row = preset(self.preset)
+        store = EpisodeStore.open(self.data)
+        config = TokenizerTraining()
+        config = replace(config, loop=self._loop(config.loop), batch=config.batch if self.batch is None else self.batch)
+        train_tokenizer(store, row.ibq, row.cameras, config, self.out, resume=self.resume)
+        print(
+            f"tokenizer in {self.out / 'tokenizer'}; next: emu-embodied train world --data {self.data} --out {self.out}"
+        )
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainWorld(_Stage):
+    """Stage 2: the transformer, by next token over interleaved instruction, states and actions."""
+
+    tokenizer: Path | None = None
+    """Folder of the vision tokenizer; by default the one in --out, else the shipped one of the same preset."""
+
+    def run(self) -> int:
+        """Train."""
+        from emu_embodied.data.episodes import EpisodeStore
+        from emu_embodied.presets import preset
+        from emu_embodied.tokens.frames import IBQFrameTokenizer
+        from emu_embodied.train.pretrain import WorldTraining, train_world
+
+        row = preset(self.preset)
+        store = EpisodeStore.open(self.data)
+        folder = self._tokenizer_folder()
+        print(f"tokenizer: {folder}")
+        config = WorldTraining()
+        config = replace(config, loop=self._loop(config.loop), batch=config.batch if self.batch is None else self.batch)
+        frames = IBQFrameTokenizer.from_pretrained(folder)
+        result = train_world(store, row, frames, config, self.out, resume=self.resume)
+        return self._report(result, f"world model in {self.out}; next: emu-embodied train dida --out {self.out}")
+
+    def _tokenizer_folder(self) -> Path:
+        from emu_embodied.world_config import WEIGHTS
+
+        own = self.out / "tokenizer"
+        if self.tokenizer is not None:
+            if own.is_dir() and own.resolve() != self.tokenizer.resolve():
+                raise ValueError(f"{own} exists already, --tokenizer names another: give another --out")
+            return self.tokenizer
+        for folder in (own, WEIGHTS / self.preset / "tokenizer"):
+            if folder.is_dir():
+                return folder
+        raise ValueError(f"no tokenizer in {own}: run `emu-embodied train tokenizer --out {self.out}` first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDida(_Stage):
+    """Stage 3: discrete diffusion adaptation, after which a state is predicted in parallel."""
+
+    init: str | None = None
+    """Checkpoint to adapt: a folder or a shipped name; by default the one in --out, else the shipped one."""
+
+    def run(self) -> int:
+        """Train."""
+        from emu_embodied.data.episodes import EpisodeStore
+        from emu_embodied.presets import preset
+        from emu_embodied.train.adapt import train_dida
+        from emu_embodied.train.pretrain import WorldTraining
+        from emu_embodied.world_model import WorldModel
+
+        preset(self.preset)
+        store = EpisodeStore.open(self.data)
+        inside = (self.out / "world.json").exists()
+        if self.init is not None and inside and not self.resume and Path(self.init).resolve() != self.out.resolve():
+            raise ValueError(f"{self.out} holds a world model already, --init names another: give another --out")
+        source = self.init or (str(self.out) if inside else self.preset)
+        print(f"adapting: {source}")
+        world = WorldModel.from_pretrained(source)
+        config = WorldTraining()
+        config = replace(config, loop=self._loop(config.loop), batch=config.batch if self.batch is None else self.batch)
+        result = train_dida(store, world, config, self.out, resume=self.resume)
+        return self._report(
+            result, f"adapted world model in {self.out}; next: emu-embodied plan --checkpoint {self.out}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train one stage: tokenizer, then world, then dida. All three may share one --out."""
+
+    stage: (
+        Annotated[TrainTokenizer, subcommand("tokenizer")]
+        | Annotated[TrainWorld, subcommand("world")]
+        | Annotated[TrainDida, subcommand("dida")]
+    )
+
+    def run(self) -> int:
+        """Train the stage."""
+        from emu_embodied.train.loop import TrainingFailed
+
+        try:
+            return self.stage.run()
+        except TrainingFailed as error:
+            raise ValueError(str(error)) from error

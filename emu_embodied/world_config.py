@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from emu_embodied.decode.paths import PATHS
 from emu_embodied.models.checkpoints import read_config
@@ -111,7 +111,8 @@ class WorldModelConfig:
         raw = read_config(path.parent, path.name)
         try:
             raw["proprio"] = [Field(**field) for field in raw["proprio"]]
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+            return cls(**values)
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path} does not describe a world model: {error}") from error
 

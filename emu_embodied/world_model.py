@@ -45,7 +45,7 @@ class WorldModel:
         actions = (backbone.config.action_block, backbone.config.action_dim)
         if actions != (config.block, config.action_dim):
             raise ValueError(
-                f"backbone embeds action blocks of {list(actions)}, world.json names {[config.block, config.action_dim]}"
+                f"backbone embeds action blocks of {actions}, world.json names {(config.block, config.action_dim)}"
             )
         rows, columns = frames.grid
         if (frames.codebook_size, frames.image_size, rows * columns) != (
@@ -55,7 +55,7 @@ class WorldModel:
         ):
             raise ValueError(
                 f"tokenizer makes {rows * columns} tokens of {frames.codebook_size} codes from {frames.image_size}-px "
-                f"frames, world.json names {config.camera_tokens} of {config.codebook} from {config.image_size}-px frames"
+                f"frames, world.json names {config.camera_tokens} of {config.codebook} from {config.image_size} px"
             )
         self.config = config
         self.backbone = backbone.eval().requires_grad_(False)
@@ -268,7 +268,7 @@ class WorldModel:
         return tuple(action.shape) == (self.config.block, self.config.action_dim)
 
     def _restream(self, states: Sequence[DecodedState], actions_STKA: torch.Tensor) -> torch.Tensor:
-        """Embeddings [S, L, D] of imagined states and the blocks between them, as if a sequence began with the first."""
+        """Embeddings [S, L, D] of imagined states and the blocks between them, as if the first began a sequence."""
         embeds = [self.backbone.embed(self.layout.state_ids(state.codes_SN, state.proprio_SP)) for state in states]
         pieces = embeds[:1]
         for t, state_embeds in enumerate(embeds[1:]):

@@ -113,8 +113,8 @@ class TokenDataset:
         if not bool(places.any()):
             longest = int(self.length_E.max())
             raise ValueError(
-                f"windows of {num_states} states do not fit: of {len(self.length_E)} episodes the longest has {longest}; "
-                "record longer ones or train with a smaller window"
+                f"windows of {num_states} states do not fit: of {len(self.length_E)} episodes the longest has "
+                f"{longest}; record longer ones or train with a smaller window"
             )
         return places
 
@@ -152,7 +152,7 @@ def encode_dataset(
 ) -> TokenDataset:
     """Encode every readable episode, in the order they were numbered when recorded.
 
-    The codes are kept in ``cache`` and reused episode by episode, as long as the tokenizer and the cameras are the same.
+    The codes are kept in ``cache`` and reused episode by episode, while tokenizer and cameras are the same.
 
     Raises:
         ValueError: if the dataset is empty or lacks a camera.

@@ -24,7 +24,8 @@ class DecodedState:
         codes_SN: int64 [S, N].
         proprio_SP: int64 bins [S, P].
         logits: what they were read from (last pass).
-        pending_SLD: embeddings of those tokens of the state that are not in the cache yet; they go in with the next call.
+        pending_SLD: embeddings of those tokens of the state that are not in the cache yet; they go in with the next
+            call.
     """
 
     codes_SN: torch.Tensor
@@ -43,7 +44,7 @@ class StateDecoder(Protocol):
 
         Args:
             cache: everything before ``pending_SLD``; grows by it.
-            pending_SLD: embeddings [S, L, D] that come first: the last state, if it is not cached, and the action tokens.
+            pending_SLD: embeddings [S, L, D] that come first: the last state, if it is not cached, and the action's.
             condition_SD: the action block's continuous embedding, added to every token of the state.
             generator: for noise and sampling.
         """
@@ -54,8 +55,8 @@ class StateDecoder(Protocol):
 class ParallelDecoder:
     """All tokens of a state at once, refined over ``passes``.
 
-    The first pass also writes the pending clean tokens into the cache, so that finishing one state and starting the next
-    cost one forward between them.
+    The first pass also writes the pending clean tokens into the cache, so that finishing one state and starting the
+    next cost one forward between them.
     """
 
     backbone: EmuForCausalLM
@@ -74,7 +75,7 @@ class ParallelDecoder:
         """See ``StateDecoder.decode``."""
         layout, path, v = self.layout, self.path, self.layout.vocabulary
         num_plans, device = condition_SD.shape[0], condition_SD.device
-        # Common random numbers: all candidates start from one draw of noise, so that their costs differ by actions alone.
+        # Common random numbers: all candidates start from one draw of noise, their costs differ by actions alone.
         codes = path.source((1, len(layout.frame_slots)), v.vision.size, generator).to(device).expand(num_plans, -1)
         proprio = path.source((1, layout.num_proprio), v.state.size, generator).to(device).expand(num_plans, -1)
         for i in range(self.passes):

@@ -29,7 +29,10 @@ class Path(Protocol):
     def step(
         self, x_t: torch.Tensor, x1: torch.Tensor, size: int, t: float, t_next: float, generator: torch.Generator | None
     ) -> torch.Tensor:
-        """x_{t_next} given x_t and a predicted x_1; at ``t_next`` = 1 this is the prediction itself."""
+        """x_{t_next} given x_t [S, ...] and a predicted x_1; at ``t_next`` = 1 this is the prediction itself.
+
+        Random numbers are common to all S, as candidate futures are compared with each other.
+        """
         ...
 
 
@@ -57,7 +60,7 @@ class UniformPath:
         """Euler step of the mixture path's velocity: jump to x_1 with probability (t_next - t) / (1 - t)."""
         if t_next >= 1:
             return x1
-        jump = uniform(x_t, generator) < (t_next - t) / (1 - t)
+        jump = uniform(x_t[:1], generator) < (t_next - t) / (1 - t)
         return torch.where(jump, x1, x_t)
 
 

@@ -1,8 +1,9 @@
 """Id ranges of one shared vocabulary: text | special | vision | action | state | reward | success.
 
-Our presets lay the ranges out one after another. Emu3.5's released ids are another instance of the same record: text and
-special ids and the 131,072 visual codes where BAAI put them; the ranges that its vocabulary has no place for (action,
-state, reward, success) reuse the least frequent BPE ids at the end of the text range, as BAAI's UniVLA did for actions.
+Our presets lay the ranges out one after another. Emu3.5's released ids are another instance of the same record: text
+and special ids and the 131,072 visual codes where BAAI put them; the ranges that its vocabulary has no place for
+(action, state, reward, success) reuse the least frequent BPE ids at the end of the text range, as BAAI's UniVLA did for
+actions.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class IdRange:
 
 
 SPECIALS = ("pad", "bos", "eos", "boi", "eoi", "boa", "reward", "success")
-"""``boi`` opens a camera's tokens, ``boa`` an action block; ``reward`` and ``success`` fill the slots where those are read out."""
+"""``boi`` opens a camera's tokens, ``boa`` an action block; ``reward`` and ``success`` fill the slots where those are
+read out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -277,7 +277,8 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 def build_optimizer(config: LoopConfig, module: nn.Module) -> torch.optim.AdamW:
     """AdamW; norms, biases and embedding tables are not decayed."""
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
             (kept if parameter.ndim < 2 or id(parameter) in tables else decayed).append(parameter)

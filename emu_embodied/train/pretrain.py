@@ -130,8 +130,8 @@ def train_world(
     """Train a backbone by next token and keep it in ``out`` as a checkpoint folder.
 
     Raises:
-        ValueError: if ``out`` holds a world model that this would overwrite (it can be resumed while its training state
-            is there and it was not adapted), or the dataset does not fit the preset.
+        ValueError: if ``out`` holds a world model that this would overwrite (it can be resumed as long as its training
+            state is there and it was not adapted), or the dataset does not fit the preset.
         TrainingFailed: on NaN or divergence.
     """
     check_fits_preset(store, preset, frames)

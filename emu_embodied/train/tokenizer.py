@@ -179,7 +179,7 @@ class TokenizerTrainer(nn.Module):
 
     def __init__(self, ibq: IBQ, training: FrameSet, held_out: FrameSet, config: TokenizerTraining) -> None:
         super().__init__()
-        self.ibq = ibq.to(memory_format=torch.channels_last)
+        self.ibq = ibq.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self.register_buffer("used", torch.zeros(ibq.config.n_embed, dtype=torch.int64))
         self.register_buffer("age", torch.zeros((), dtype=torch.int64))
         self._training = training

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -98,7 +100,9 @@ def _start_worker(env_id: str, make_simulator: MakeSimulator, make_policy: MakeP
     global _worker
     os.environ["LP_NUM_THREADS"] = "0"  # the software renderer draws on the calling thread
     torch.set_num_threads(1)
-    _worker = _Worker(env_id, make_simulator(env_id), make_policy, render)
+    simulator = make_simulator(env_id)
+    atexit.register(simulator.close)
+    _worker = _Worker(env_id, simulator, make_policy, render)
 
 
 def _run_in_worker(seed: int) -> EpisodeResult:
@@ -159,6 +163,8 @@ def _in_processes(seeds: Sequence[int], workers: int, start: tuple[Any, ...]) ->
         waiting: list[Future[EpisodeResult]] = [pool.submit(_run_in_worker, seed) for seed in seeds]
         for done in as_completed(waiting):
             yield done.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError("a worker process was killed, perhaps for memory: try fewer --workers") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from emu_embodied.envs import make
 from emu_embodied.planners.dynamics import ImaginedDynamics, TrueDynamics, evaluator
 from emu_embodied.planners.objectives import PredictedReward
 from tests.point_mass import PointMass, PointMassModel, tokenize
@@ -67,3 +68,24 @@ def test_both_dynamics_foresee_the_same_pictures(simulator, actions_SHKA):
     assert np.array_equal(drawn["front"], real["front"])
     assert torch.allclose(imagined.reward_SH, true.reward_SH, atol=1e-5)
     assert simulator.snapshot() is before
+
+
+@pytest.mark.parametrize("env_id", ["PandaPush-v0", "PandaPickPlaceBullet-v0"])
+def test_an_arm_does_not_notice_that_plans_were_tried_on_it(env_id):
+    env = make(env_id)
+    try:
+        env.reset(seed=4)
+        actions_TKA = np.random.default_rng(0).uniform(-1, 1, (3, 5, 4)).astype(np.float32)
+        start = env.snapshot()
+        alone = [env.step_block(action_KA, render=False) for action_KA in actions_TKA]
+        env.restore(start)
+        tried = []
+        for action_KA in actions_TKA:
+            imagined = TrueDynamics(env).imagine(torch.rand(2, 2, 5, 4) * 2 - 1)
+            assert imagined.proprio_SHP.shape == (2, 2, len(env.proprio_fields))
+            tried.append(env.step_block(action_KA, render=False))
+    finally:
+        env.close()
+    for one, other in zip(alone, tried, strict=True):
+        assert one.observation.proprio.tobytes() == other.observation.proprio.tobytes()
+        assert one.rewards_K.tobytes() == other.rewards_K.tobytes()

@@ -1,7 +1,9 @@
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from emu_embodied.envs import make
 from emu_embodied.planners.cem import CEM
 from emu_embodied.planners.mppi import MPPI
 from emu_embodied.planners.shooting import RandomShooting
@@ -91,3 +93,19 @@ def test_checkpoints_of_another_embodiment_are_refused():
             check_fits(config(**changes), simulator)
     with pytest.warns(UserWarning, match="PointMass-v0 is not among"):
         check_fits(config(env_ids=("PandaPush-v0",)), simulator)
+
+
+def test_policies_on_an_arm():
+    env = make("PandaReach-v0")
+    try:
+        successes = {}
+        for name in ("random", "scripted", "true"):
+            spec = PolicySpec(name=name, budget=PlanningBudget(samples=24, iterations=2, horizon=2))
+            policy = spec.build(env, 0)
+            trace = run_episode(env, policy, seed=0, env_id=env.env_id, policy_name=name, render=False)
+            successes[name] = trace.success
+            assert trace.actions_TKA.shape[1:] == (5, 4) and np.abs(trace.actions_TKA).max() <= 1
+            assert trace.episode_return <= env.max_episode_steps
+    finally:
+        env.close()
+    assert successes == {"random": False, "scripted": True, "true": True}

@@ -41,19 +41,19 @@ class PandaChain:
 
     def __init__(self) -> None:
         root = ElementTree.parse(panda_folder() / "panda.urdf").getroot()
-        joints = {j.find("child").get("link"): j for j in root.iter("joint")}  # type: ignore[union-attr]
+        joints = {_attribute(joint, "child", "link"): joint for joint in root.iter("joint")}
         path = []
         link = "panda_grasptarget"
         while link in joints:
             path.append(joints[link])
-            link = joints[link].find("parent").get("link")
+            link = _attribute(joints[link], "parent", "link")
         origins, low, high, tool = [], [], [], np.eye(4)
         for joint in reversed(path):
             origin = _transform(joint.find("origin"))
             if joint.get("type") == "revolute":
                 origins.append(origin)
-                low.append(float(joint.find("limit").get("lower")))
-                high.append(float(joint.find("limit").get("upper")))
+                low.append(float(_attribute(joint, "limit", "lower")))
+                high.append(float(_attribute(joint, "limit", "upper")))
             else:
                 tool = tool @ origin
         self._origins = np.array(origins)
@@ -115,6 +115,15 @@ class PandaChain:
 def panda_chain() -> PandaChain:
     """The chain, parsed once per process."""
     return PandaChain()
+
+
+def _attribute(joint: ElementTree.Element, tag: str, name: str) -> str:
+    """What the joint's child element ``tag`` says about ``name``."""
+    element = joint.find(tag)
+    value = None if element is None else element.get(name)
+    if value is None:
+        raise ValueError(f"the URDF's joint {joint.get('name')!r} has no {name} in its <{tag}>: is it the Panda's?")
+    return value
 
 
 def _transform(origin: ElementTree.Element | None) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import string
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -47,7 +47,7 @@ class Snapshot:
     joints: np.ndarray
     target_xyz: np.ndarray
     elapsed: int
-    rng: dict[str, Any]
+    rng: Mapping[str, Any]
 
 
 class PandaEnv(gymnasium.Env):

@@ -102,6 +102,32 @@ def test_the_expert_recovers_when_the_cube_is_moved(envs: dict[str, PandaEnv]) -
     assert transition.success
 
 
+@pytest.mark.parametrize("env_id", [i for i in env_ids() if "Reach" not in i])
+@pytest.mark.parametrize("contact", [3, 5])
+def test_restoring_is_exact_in_contact(envs: dict[str, PandaEnv], env_id: str, contact: int) -> None:
+    """Pushing, grasping and carrying: contacts are the part of a physics state that is most easily forgotten."""
+    env = envs[env_id]
+    env.reset(seed=103)
+    expert = ScriptedPolicy(env)
+    for _ in range(contact):
+        env.step_block(expert.act(env.observe(render=False)), render=False)
+    snapshot, actions_KA = env.snapshot(), expert.act(env.observe(render=False))
+
+    def trace() -> list[bytes]:
+        states = []
+        for action in actions_KA:
+            env.step_block(action[None], render=False)
+            state = env.world_state()
+            states.append(b"".join(a.tobytes() for a in (state.ee_xyz, state.item_xyz, state.item_velocity)))
+        return states
+
+    expected = trace()
+    for stray in np.random.default_rng(contact).uniform(-1, 1, (3, 4)):
+        env.step_block(np.tile(stray, (10, 1)), render=False)
+        env.restore(snapshot)
+        assert trace() == expected
+
+
 def test_unknown_behaviours_are_refused_with_the_nearest(envs: dict[str, PandaEnv]) -> None:
     with pytest.raises(ValueError, match="did you mean 'noisy'"):
         make_behaviour("nosy", envs["PandaPush-v0"], np.random.default_rng(0))

@@ -25,7 +25,8 @@ def choose_gl() -> str | None:
 
     Nothing is raised where no library is found: physics runs without one, and the renderer explains what is missing.
     """
-    if "MUJOCO_GL" not in os.environ and not os.environ.get("DISPLAY"):
+    headless = sys.platform.startswith("linux") and not os.environ.get("DISPLAY")  # elsewhere the system has its own
+    if "MUJOCO_GL" not in os.environ and headless:
         found = find_gl()
         # Without a library "disable" lets MuJoCo be imported; its own default would look for a window system.
         os.environ["MUJOCO_GL"] = found or "disable"

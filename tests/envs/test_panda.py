@@ -319,6 +319,18 @@ def test_gl_is_settled_even_if_mujoco_came_first() -> None:
     assert done.stdout.strip() == "(64, 64, 3)"
 
 
+def test_without_gl_physics_runs_and_pictures_say_what_is_missing() -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from emu_embodied.envs import make\n"
+        "env = make('PandaReach-v0', cameras=()); env.reset(seed=0); print(env.observe(render=False).proprio.shape)\n"
+        "env.render()"
+    )
+    blind = {**os.environ, "MUJOCO_GL": "disable"}
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, env=blind)
+    assert done.stdout.strip() == "(7,)"
+    assert "apt-get install -y libegl1 libgl1" in done.stderr
+
+
 def test_registering_imports_no_engine() -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import emu_embodied.envs\n"

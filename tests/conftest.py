@@ -1,0 +1,6 @@
+"""What all tests share: hypothesis without deadlines, which a busy machine would miss, and the same examples each run."""
+
+from hypothesis import settings
+
+settings.register_profile("steady", deadline=None, derandomize=True, max_examples=30)
+settings.load_profile("steady")

@@ -149,9 +149,11 @@ class Plan(_Search):
 
     def run(self) -> int:
         """Plan, draw, and print the verdict."""
+        from emu_embodied.envs.registry import check_env_id, make
+
+        check_env_id(self.env)  # before anything that takes seconds to import
         from tqdm import tqdm
 
-        from emu_embodied.envs.registry import check_env_id, make
         from emu_embodied.policies.episode import run_episode
         from emu_embodied.policies.registry import check_fits, make_policy
         from emu_embodied.provenance import make_meta
@@ -160,7 +162,6 @@ class Plan(_Search):
 
         if (self.out / "result.json").exists():
             raise ValueError(f"{self.out} holds a result already: give another --out")
-        check_env_id(self.env)
         spec = self._spec(self.policy)
         world = WorldModel.from_pretrained(self.checkpoint, device=spec.device) if spec.imagines else None
         if world is None:
@@ -274,8 +275,10 @@ class Imagine:
 
     def run(self) -> int:
         """Imagine and compare."""
-        from emu_embodied.data.recording import record_episode
         from emu_embodied.envs.registry import check_env_id, make
+
+        check_env_id(self.env)  # before anything that takes seconds to import
+        from emu_embodied.data.recording import record_episode
         from emu_embodied.files import write_json
         from emu_embodied.hardware import pick_device
         from emu_embodied.metrics.horizons import record_fresh, score_horizons
@@ -290,7 +293,6 @@ class Imagine:
         for written in (self.json, self.out / "imagine.png"):
             if written.exists():
                 raise ValueError(f"{written} exists already: give another --json and --out")
-        check_env_id(self.env)
         world = WorldModel.from_pretrained(self.checkpoint, device=str(pick_device(self.device)))
         if self.decoding != "default":
             world = world.with_decoding(self.decoding, passes=self.passes)

@@ -1,0 +1,167 @@
+"""Both decoders against one explicit forward without a cache, and the grammar of what they write."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from emu_embodied.decode.autoregressive import SequentialDecoder
+from emu_embodied.decode.dida import DecodedState, ParallelDecoder
+from emu_embodied.decode.grammar import StateLogits, expected_bin, state_logits
+from emu_embodied.decode.paths import UniformPath
+from emu_embodied.models.cache import KVCache
+from emu_embodied.models.masks import causal_then_parallel
+from tests import tiny
+
+EPISODE = tiny.make_episode(3)
+PLANS = 3
+
+
+class Recorded(UniformPath):
+    """Keeps the noisy tokens that every pass read."""
+
+    def __init__(self):
+        self.read = []
+
+    def source(self, shape, size, generator):
+        drawn = super().source(shape, size, generator)
+        self.read.append(drawn)
+        return drawn
+
+    def step(self, x_t, x1, size, t, t_next, generator):
+        stepped = super().step(x_t, x1, size, t, t_next, generator)
+        self.read.append(stepped)
+        return stepped
+
+
+@pytest.fixture(scope="module")
+def world():
+    return tiny.make_world()
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_same(found: StateLogits, expected: StateLogits) -> None:
+    for field in fields(StateLogits):
+        torch.testing.assert_close(getattr(found, field.name), getattr(expected, field.name), atol=2e-5, rtol=1e-4)
+
+
+def prefix_embeds(world) -> torch.Tensor:
+    """The stream up to the observed state, [PLANS, L, D]."""
+    _, _, state = world._state(tiny.observation(EPISODE, 0), None)
+    return torch.cat([world._text(EPISODE.instruction), state], 1).expand(PLANS, -1, -1)
+
+
+def state_embeds(world, codes, proprio, condition) -> torch.Tensor:
+    ids = world.layout.state_ids(codes.expand(PLANS, -1), proprio.expand(PLANS, -1))
+    return world.backbone.embed(ids) + condition[:, None]
+
+
+def full_forward(world, clean: torch.Tensor, noisy: torch.Tensor | None, length: int) -> StateLogits:
+    """Logits of the last ``length`` tokens by one forward over everything, the mask written out."""
+    stream = clean if noisy is None else torch.cat([clean, noisy], 1)
+    mask = causal_then_parallel(clean.shape[1], stream.shape[1] - clean.shape[1])
+    hidden = world.backbone.core(stream, torch.arange(stream.shape[1]), mask)
+    return state_logits(world.backbone, world.layout, hidden[:, -length:])
+
+
+def decode_twice(world, decoder) -> tuple[list[DecodedState], torch.Tensor]:
+    """Two blocks behind one observed state, as ``imagine`` does it, and the cache's final length."""
+    actions = tiny.plans(PLANS, 2)
+    cache = world._branches(PLANS, world.observe([tiny.observation(EPISODE, 0)]).cache)
+    draws, decoded, pending = generator(), [], None
+    for h in range(2):
+        action_embeds, condition = world._act(actions[:, h])
+        pending = action_embeds if pending is None else torch.cat([pending, action_embeds], 1)
+        decoded.append(decoder.decode(cache, pending, condition, draws))
+        pending = decoded[-1].pending_SLD
+    return decoded, cache.total_length
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("passes", [1, 3])
+def test_parallel_decoding_equals_uncached_forwards_with_the_dense_mask(world, passes):
+    path = Recorded()
+    decoded, cached = decode_twice(world, ParallelDecoder(world.backbone, world.layout, path, passes))
+    assert cached == world.layout.length(2) + world.layout.action_tokens  # the second state was never kept
+    actions, length = tiny.plans(PLANS, 2), world.layout.state_tokens
+    clean = prefix_embeds(world)
+    reads_of_a_state = len(path.read) // 2
+    for h, state in enumerate(decoded):
+        action_embeds, condition = world._act(actions[:, h])
+        clean = torch.cat([clean, action_embeds], 1)
+        # Read in turn: source of codes, source of proprio, then codes and proprio after every pass.
+        codes, proprio = path.read[h * reads_of_a_state :][2 * (passes - 1) :][:2]
+        logits = full_forward(world, clean, state_embeds(world, codes, proprio, condition), length)
+        assert_same(state.logits, logits)
+        assert torch.equal(state.codes_SN, logits.frame.argmax(-1))
+        assert torch.equal(state.proprio_SP, logits.proprio.argmax(-1))
+        clean = torch.cat([clean, state_embeds(world, state.codes_SN, state.proprio_SP, condition)], 1)
+
+
+@torch.inference_mode()
+def test_sequential_decoding_equals_one_uncached_forward(world):
+    decoded, cached = decode_twice(world, SequentialDecoder(world.backbone, world.layout))
+    assert cached == world.layout.length(3)
+    actions, length = tiny.plans(PLANS, 2), world.layout.state_tokens
+    clean = prefix_embeds(world)
+    for h, state in enumerate(decoded):
+        action_embeds, condition = world._act(actions[:, h])
+        written = state_embeds(world, state.codes_SN, state.proprio_SP, condition)
+        clean = torch.cat([clean, action_embeds, written], 1)
+        logits = full_forward(world, clean, None, length)
+        assert_same(state.logits, logits)
+        assert torch.equal(state.codes_SN, logits.frame.argmax(-1))
+        assert torch.equal(state.proprio_SP, logits.proprio.argmax(-1))
+
+
+DECODERS = {
+    "sequential": lambda w, temperature: SequentialDecoder(w.backbone, w.layout, temperature),
+    "one pass": lambda w, temperature: ParallelDecoder(w.backbone, w.layout, UniformPath(), 1, temperature),
+    "three passes": lambda w, temperature: ParallelDecoder(w.backbone, w.layout, UniformPath(), 3, temperature),
+}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("make", DECODERS.values(), ids=DECODERS)
+def test_every_token_is_of_its_own_kind_and_the_generator_decides(world, make):
+    v = world.layout.vocabulary
+    decoded, _ = decode_twice(world, make(world, 3.0))
+    for state in decoded:
+        assert state.codes_SN.shape == (PLANS, len(world.layout.frame_slots))
+        assert 0 <= int(state.codes_SN.min()) <= int(state.codes_SN.max()) < v.vision.size
+        assert 0 <= int(state.proprio_SP.min()) <= int(state.proprio_SP.max()) < v.state.size
+        widths = [getattr(state.logits, field.name).shape[-1] for field in fields(StateLogits)]
+        assert widths == [v.vision.size, v.state.size, v.reward.size, v.success.size]
+    again, _ = decode_twice(world, make(world, 3.0))
+    for state, same in zip(decoded, again, strict=True):
+        assert torch.equal(state.codes_SN, same.codes_SN) and torch.equal(state.proprio_SP, same.proprio_SP)
+        assert torch.equal(state.logits.frame, same.logits.frame)
+
+
+@torch.inference_mode()
+def test_hot_sampling_reaches_codes_that_are_not_the_most_likely(world):
+    cold, _ = decode_twice(world, DECODERS["sequential"](world, 0.0))
+    hot, _ = decode_twice(world, DECODERS["sequential"](world, 5.0))
+    assert not torch.equal(cold[0].codes_SN, hot[0].codes_SN)
+
+
+@pytest.mark.parametrize("passes", [0, -1])
+def test_less_than_one_pass_is_refused(world, passes):
+    with pytest.raises(ValueError, match=f"passes must be >= 1, got {passes}"):
+        ParallelDecoder(world.backbone, world.layout, UniformPath(), passes)
+
+
+def test_a_full_cache_is_named(world):
+    _, condition = world._act(tiny.plans(PLANS, 1)[:, 0])
+    cache = KVCache(world.backbone.config, PLANS, 4)
+    with pytest.raises(ValueError, match="cache is full"), torch.inference_mode():
+        pending = torch.zeros(PLANS, 1, world.backbone.config.hidden_size)
+        DECODERS["one pass"](world, 0.0).decode(cache, pending, condition, generator())
+
+
+def test_expected_bin_lies_between_bins():
+    logits = torch.tensor([[0.0, 0.0, -torch.inf], [-torch.inf, -torch.inf, 1.0]])
+    assert expected_bin(logits).tolist() == [0.5, 2.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import weakref
 from typing import Any
@@ -104,8 +105,8 @@ class MujocoEngine:
             renderer = mujoco.Renderer(self._model, self._size, self._size)
         except Exception as error:  # GL libraries raise types of their own
             raise RuntimeError(f"MuJoCo could not open an off-screen renderer ({error}): {GL_HELP}") from error
-        # Freed at exit too, while the GL library is still there to be told.
-        weakref.finalize(self, renderer.close)
+        # Handlers run last in, first out: registered after MuJoCo's, this one still finds the GL library initialised.
+        atexit.register(_close, weakref.ref(renderer))
         flags = renderer.scene.flags
         flags[mujoco.mjtRndFlag.mjRND_SHADOW] = self._pretty
         flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = self._pretty
@@ -129,3 +130,9 @@ class MujocoEngine:
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
+
+
+def _close(reference: weakref.ref[mujoco.Renderer]) -> None:
+    renderer = reference()
+    if renderer is not None:
+        renderer.close()

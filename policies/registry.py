@@ -31,11 +31,11 @@ POLICIES: dict[str, str] = {
 class PlanningBudget:
     """What a search may cost: one budget for shooting, imagined and true, so that their rows can be compared."""
 
-    samples: int = 64
+    samples: int = 48
     """Candidates per iteration."""
     iterations: int = 3
     """Iterations per decision; shooting spends them on fresh candidates."""
-    horizon: int = 4
+    horizon: int = 3
     """Length of a plan [blocks]."""
     knots_per_block: int = 1
     """Free actions per block; each is held for its share of the block."""

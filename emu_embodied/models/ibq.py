@@ -21,6 +21,7 @@ from torch import nn
 from emu_embodied.files import write_atomically, write_json
 from emu_embodied.models.autoencoder import Decoder, Encoder, IBQConfig
 from emu_embodied.models.checkpoints import compare_shapes, read_config, read_folder_shapes
+from emu_embodied.models.kmeans import far_apart, refine, to_directions
 from emu_embodied.require import require
 
 MODEL_TYPE = "emu_embodied_ibq"
@@ -167,14 +168,14 @@ class IBQ(nn.Module):
     def initialise_codebook(self, vectors: torch.Tensor, generator: torch.Generator) -> None:
         """Start the codebook from what the encoder gives for real frames, so that every code is in reach.
 
-        The 1x1 convolution before the codebook is set to whiten its outputs, and codes become whitened outputs of one
-        norm: the largest dot product is then the nearest direction, and directions are spread evenly. Without this a
+        The 1x1 convolution before the codebook is set to whiten its outputs, and codes become directions of whitened
+        outputs, found by k-means, at one norm: the largest dot product is then the nearest direction. Without this a
         small codebook collapses to a few codes whose rows happen to be long. The 1x1 convolution after the codebook
         takes the inverse, so the autoencoder without quantisation computes what it did before.
 
         Args:
-            vectors: outputs of ``vectors`` for a varied batch of frames, [..., D]; several times D of them.
-            generator: chooses which become codes.
+            vectors: outputs of ``vectors`` for a varied batch of frames, [..., D]; several times K of them.
+            generator: seeds the k-means.
         """
         z = vectors.reshape(-1, vectors.shape[-1]).double()
         mean = z.mean(0)
@@ -190,11 +191,13 @@ class IBQ(nn.Module):
         after.bias.copy_(after.bias.double() + weight @ mean)
         after.weight.copy_((weight @ axes @ torch.diag(deviation) @ axes.T).view_as(after.weight))
         z = ((z - mean) @ whiten).to(self.codebook.dtype)
-        self.codebook.copy_(_directions(z, self.config.n_embed, generator) * math.sqrt(self.config.embed_dim))
+        directions = to_directions(z, generator)
+        codes = refine(far_apart(directions, self.config.n_embed, generator), directions)
+        self.codebook.copy_(codes * math.sqrt(self.config.embed_dim))
 
     @torch.no_grad()
     def revive(self, unused: torch.Tensor, vectors: torch.Tensor, generator: torch.Generator) -> int:
-        """Move codes that are no longer chosen to where the encoder's outputs are.
+        """Move codes that are no longer chosen to encoder outputs that the other codes are far from.
 
         Args:
             unused: bool [K] or indices of the codes to move.
@@ -209,8 +212,9 @@ class IBQ(nn.Module):
             kept = torch.ones(len(self.codebook), dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)
             # As long as codes in use: a shorter one would never have the largest dot product.
             norm = self.codebook[kept if kept.any() else ~kept].norm(dim=1).median()
-            z = vectors.reshape(-1, vectors.shape[-1]).to(self.codebook.dtype)
-            self.codebook[rows] = _directions(z, len(rows), generator) * norm
+            directions = to_directions(vectors.to(self.codebook.dtype), generator)
+            taken = F.normalize(self.codebook[kept], dim=1)
+            self.codebook[rows] = far_apart(directions, len(rows), generator, taken) * norm
         return len(rows)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -241,14 +245,6 @@ class IBQ(nn.Module):
         model.load_state_dict(state, assign=True)
         model = model.to(device=device, dtype=torch.float32).eval()
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def _directions(vectors: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    """``count`` unit vectors along randomly chosen rows of [N, D]; repeated ones are jittered apart."""
-    order = torch.cat([torch.randperm(len(vectors), generator=generator) for _ in range(-(-count // len(vectors)))])
-    chosen = F.normalize(vectors[order[:count].to(vectors.device)], dim=1)
-    noise = torch.randn(chosen.shape, generator=generator).to(chosen) / math.sqrt(chosen.shape[1])
-    return F.normalize(chosen + 0.05 * noise, dim=1)
 
 
 def _entropy_gap(logits: torch.Tensor) -> torch.Tensor:

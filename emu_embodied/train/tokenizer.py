@@ -270,7 +270,7 @@ class TokenizerTrainer(nn.Module):
         config = self._config
         since = step - config.warmup_plain
         if since == 0:
-            self.ibq.initialise_codebook(self._sample_vectors(generator), generator)
+            self.ibq.initialise_codebook(self._sample_vectors(generator, 16 * len(self.used)), generator)
             named = dict(self.ibq.named_parameters())
             self.used.zero_()
             return {f"ibq.{name}": torch.ones(len(named[name]), dtype=torch.bool) for name in _REWRITTEN}
@@ -282,12 +282,15 @@ class TokenizerTrainer(nn.Module):
         self.used.zero_()
         if not unused.any():
             return {}
-        self.ibq.revive(unused, self._sample_vectors(generator), generator)
+        self.ibq.revive(unused, self._sample_vectors(generator, 4 * len(self.used)), generator)
         return {"ibq.quantize.embedding.weight": unused}
 
-    def _sample_vectors(self, generator: torch.Generator) -> torch.Tensor:
-        """Encoder outputs of some batches, [B', h, w, D]."""
-        return torch.cat([self.ibq.vectors(self._batch(generator)[0]) for _ in range(4)])
+    def _sample_vectors(self, generator: torch.Generator, least: int) -> torch.Tensor:
+        """Encoder outputs [B', h, w, D] of as many batches as give at least ``least`` vectors."""
+        parts: list[torch.Tensor] = []
+        while sum(part[..., 0].numel() for part in parts) < least:
+            parts.append(self.ibq.vectors(self._batch(generator)[0]))
+        return torch.cat(parts)
 
 
 def _check_cameras(store: EpisodeStore, ibq: IBQConfig, cameras: tuple[str, ...]) -> None:

@@ -180,17 +180,6 @@ def test_cameras_that_do_not_fit_are_refused(store, tmp_path, cameras, ibq, matc
         train_tokenizer(store, ibq, cameras, CONFIG, tmp_path, resume=False)
 
 
-def test_starting_the_codebook_leaves_the_plain_autoencoder_alone():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        ibq, pixels = IBQ(IBQ_CONFIG), torch.rand(16, 3, SIZE, SIZE) * 2 - 1
-    with torch.no_grad():
-        before = ibq.paint(ibq.vectors(pixels))
-        ibq.initialise_codebook(ibq.vectors(pixels), torch.Generator().manual_seed(0))
-        after = ibq.paint(ibq.vectors(pixels))
-    assert torch.allclose(before, after, atol=1e-4)
-
-
 @pytest.mark.parametrize("count", [2, 8, 20, 400])
 def test_split_is_spread_over_alternating_environments(count):
     held = np.flatnonzero(held_out_episodes(count, 0.05))

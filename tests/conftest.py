@@ -1,4 +1,4 @@
-"""What all tests share: hypothesis without deadlines, which a busy machine would miss, and the same examples each run."""
+"""What all tests share: hypothesis without deadlines, which a busy machine misses, and the same examples each run."""
 
 from hypothesis import settings
 

@@ -93,9 +93,12 @@ def test_extending_computes_only_what_is_new_and_leaves_the_belief_alone(fresh, 
     belief, actions = fresh.observe(SEEN[:1]), tiny.plans(3, 2)
     before = bytes_of(fresh.imagine(belief, actions, generator()))
     read, core = [], fresh.backbone.core
-    monkeypatch.setattr(
-        fresh.backbone, "core", lambda embeds, *a, **k: read.append(embeds.shape[1]) or core(embeds, *a, **k)
-    )
+
+    def counted(embeds, *args, **kwargs):
+        read.append(embeds.shape[1])
+        return core(embeds, *args, **kwargs)
+
+    monkeypatch.setattr(fresh.backbone, "core", counted)
     longer = fresh.extend(belief, DONE[0], SEEN[1])
     assert read == [fresh.layout.step_tokens]
     assert longer.cache.total_length == belief.cache.total_length + fresh.layout.step_tokens
@@ -379,7 +382,7 @@ def test_a_missing_tokenizer_folder_is_named(copied):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("state_bins", 17, "backbone has 308 ids, world.json lays out 309"),
+        ("state_bins", 17, "backbone has 310 ids, world.json lays out 311"),
         ("block", 3, r"action blocks of \(2, 2\), world.json names \(3, 2\)"),
         ("image_size", 16, "8-px frames, world.json names 4 of 12 from 16 px"),
         ("camera_tokens", 9, "makes 4 tokens"),
@@ -402,7 +405,7 @@ def test_files_that_do_not_belong_together_are_refused(copied, field, value, mes
 def test_impossible_settings_are_named(copied, field, value):
     content = json.loads((copied / "world.json").read_text())
     (copied / "world.json").write_text(json.dumps({**content, field: value}))
-    with pytest.raises(ValueError, match="world.json does not describe a world model") as caught:
+    with pytest.raises(ValueError, match=r"world\.json does not describe a world model") as caught:
         WorldModelConfig.load(copied / "world.json")
     assert {"cameras": "camera", "proprio": "Field", "paths": "noise process"}.get(field, field) in str(caught.value)
 

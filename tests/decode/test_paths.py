@@ -1,5 +1,7 @@
 """Noise processes: where they begin and end, and that a step leads from one marginal to the next."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -43,7 +45,7 @@ def test_uniform_marginals(t):
 def test_uniform_noise_only_lessens_as_t_grows():
     x1 = torch.randint(SIZE, (COUNT,), generator=generator())
     kept = [UniformPath().noise(x1, SIZE, torch.tensor(t), generator(1)) == x1 for t in (0.0, 0.2, 0.5, 0.8, 1.0)]
-    for less, more in zip(kept, kept[1:], strict=False):
+    for less, more in pairwise(kept):
         assert bool((more | ~less).all()) and int(more.sum()) > int(less.sum())
 
 

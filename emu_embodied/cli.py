@@ -100,7 +100,7 @@ class _Search:
     planner: Literal["cem", "mppi", "shooting"] = "cem"
     """Solver of the imagined and true policies."""
     objective: str = "reward"
-    """What plans are searched for: reward, success or both."""
+    """What plans are searched for: reward, success, both, or goal (look like the goal image)."""
     samples: int | None = None
     """Candidate plans in an iteration."""
     iterations: int | None = None
@@ -163,7 +163,7 @@ class Plan(_Search):
         if (self.out / "result.json").exists():
             raise ValueError(f"{self.out} holds a result already: give another --out")
         spec = self._spec(self.policy)
-        world = WorldModel.from_pretrained(self.checkpoint, device=spec.device) if spec.imagines else None
+        world = WorldModel.from_pretrained(self.checkpoint, device=spec.device) if spec.needs_model else None
         if world is None:
             simulator = make(self.env)
         else:
@@ -226,7 +226,7 @@ class Bench(_Search):
         wanted = {(env_id, spec.name) for env_id in env_ids for spec in policies}
         others = [row for row in kept if (row.env, row.policy) not in wanted]
         data_hash, simulators = None, partial(make)
-        if any(spec.imagines for spec in policies):
+        if any(spec.needs_model for spec in policies):
             world = WorldModelConfig.load(checkpoint_folder(self.checkpoint) / "world.json")
             data_hash, simulators = world.data_hash, partial(make, image_size=world.image_size)
         meta = make_meta(seed=self.seed, data_hash=data_hash)

@@ -69,6 +69,15 @@ class WorldModel(Protocol):
         """Blocks that one stretch of imagination covers."""
         ...
 
+    @property
+    def frames(self) -> FrameTokenizer:
+        """Its vision tokenizer, whose code vectors distances between frames are measured with."""
+        ...
+
+    def encode_frames(self, frames: Frames) -> torch.Tensor:
+        """Frames of one state -> int64 codes [N] of all its cameras."""
+        ...
+
     def observe(self, history: Sequence[Observation], actions: Sequence[np.ndarray] = ()) -> Belief:
         """Encode a history and the ``len(history) - 1`` action blocks [K, A] between its observations."""
         ...

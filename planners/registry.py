@@ -41,16 +41,16 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def find_objective(name: str) -> Objective:
-    """An objective by name.
+    """An objective by name; ``goal`` is not among them, it belongs to an episode (``GoalOfEpisode``).
 
     Raises:
         ValueError: for an unknown name; the nearest one is named.
     """
-    _check_known(name, OBJECTIVES, "objective")
+    _check_known(name, {**OBJECTIVES, "goal": None}, "objective")
     return OBJECTIVES[name]
 
 
-def _check_known(name: str, known: Mapping[str, Any], kind: str) -> None:
+def _check_known(name: str, known: Mapping[str, object], kind: str) -> None:
     if name not in known:
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

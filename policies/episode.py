@@ -11,7 +11,7 @@ import numpy as np
 from emu_embodied.data.recording import RecordedSimulator
 from emu_embodied.policies.planning import PlanningPolicy
 from emu_embodied.protocols import Policy
-from emu_embodied.records import Transition
+from emu_embodied.records import Observation, Transition
 from emu_embodied.viz.trace import EpisodeTrace
 
 
@@ -30,6 +30,10 @@ class EpisodeSimulator(RecordedSimulator, Protocol):
     """Names of the pictures in an observation."""
     image_size: int
     """Side of a picture [pixels]."""
+
+    def goal_observation(self) -> Observation:
+        """The scene of the present episode with the task solved."""
+        ...
 
 
 def run_episode(

@@ -246,7 +246,7 @@ def _settings(spec: PolicySpec, seed: int) -> dict[str, Any]:
         settings |= {"objective": spec.objective, "budget": asdict(spec.budget)}
         if spec.name != "shooting":
             settings["planner"] = spec.planner
-    if spec.imagines:
+    if spec.needs_model:
         settings["weights"] = weights_hash(spec.checkpoint)
     return settings
 

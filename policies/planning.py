@@ -9,10 +9,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from emu_embodied.planners.dynamics import ImaginedDynamics, TrueDynamics, evaluator
+from emu_embodied.planners.dynamics import ImaginedDynamics, Tokenize, TrueDynamics, evaluator
+from emu_embodied.planners.objectives import GoalImage
 from emu_embodied.planners.sampling import shift
 from emu_embodied.protocols import Objective, Planner, Simulator, WorldModel
-from emu_embodied.records import Observation
+from emu_embodied.records import Imagination, Observation
 from emu_embodied.viz.trace import Decision, Future
 
 
@@ -75,12 +76,17 @@ class ImaginedSource:
 
 
 class TrueSource:
-    """The simulator that the episode runs in; candidates are tried in it and undone."""
+    """The simulator that the episode runs in; candidates are tried in it and undone.
+
+    Args:
+        simulator: that of the episode.
+        tokenize: makes tokens of the states reached, for objectives that look at them.
+    """
 
     lasting = False
 
-    def __init__(self, simulator: Simulator):
-        self._dynamics = TrueDynamics(simulator)
+    def __init__(self, simulator: Simulator, tokenize: Tokenize | None = None):
+        self._dynamics = TrueDynamics(simulator, tokenize)
 
     @property
     def device(self) -> torch.device:
@@ -96,6 +102,43 @@ class TrueSource:
     def dynamics(self) -> TrueDynamics:
         """The simulator from the state it is in."""
         return self._dynamics
+
+
+class GoalSimulator(Protocol):
+    """A simulator that can show its task solved."""
+
+    def goal_observation(self) -> Observation:
+        """The scene of the present episode with the task solved."""
+        ...
+
+
+class GoalOfEpisode:
+    """Objective: look like the goal image of the episode at hand.
+
+    Args:
+        simulator: shows the goal.
+        world_model: its tokens and code vectors are what distance is measured in.
+    """
+
+    def __init__(self, simulator: GoalSimulator, world_model: WorldModel):
+        self.simulator = simulator
+        self.world_model = world_model
+        self._goal: GoalImage | None = None
+
+    def reset(self) -> None:
+        """Look at the goal of the episode that has begun."""
+        goal = self.simulator.goal_observation()
+        self._goal = GoalImage(self.world_model.frames.embed, self.world_model.encode_frames(goal.frames))
+
+    def __call__(self, imagination: Imagination) -> torch.Tensor:
+        """Cost float32 [S]; see ``GoalImage``.
+
+        Raises:
+            ValueError: before the first ``reset``.
+        """
+        if self._goal is None:
+            raise ValueError("reset the policy with the first observation before it acts")
+        return self._goal(imagination)
 
 
 class PlanningPolicy:
@@ -143,6 +186,8 @@ class PlanningPolicy:
         self._search_generator.manual_seed(self.seed)
         self._model_generator.manual_seed(self.seed)
         self.source.reset(observation)
+        if isinstance(self.objective, GoalOfEpisode):
+            self.objective.reset()
 
     def act(self, observation: Observation) -> np.ndarray:
         """The next block float32 [K, A]; the one returned before is taken to have led to ``observation``."""

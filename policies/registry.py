@@ -13,9 +13,9 @@ import numpy as np
 from emu_embodied.planners.registry import find_objective, make_planner
 from emu_embodied.planners.sampling import PlanSpace
 from emu_embodied.policies.episode import EpisodeSimulator
-from emu_embodied.policies.planning import DynamicsSource, ImaginedSource, PlanningPolicy, TrueSource
+from emu_embodied.policies.planning import DynamicsSource, GoalOfEpisode, ImaginedSource, PlanningPolicy, TrueSource
 from emu_embodied.policies.random import RandomPolicy
-from emu_embodied.protocols import Policy, WorldModel
+from emu_embodied.protocols import Objective, Policy, WorldModel
 
 POLICIES: dict[str, str] = {
     "random": "uniformly random blocks",
@@ -63,7 +63,7 @@ class PolicySpec:
     planner: str = "cem"
     """Planner of ``imagined`` and ``true``: cem, mppi or shooting."""
     objective: str = "reward"
-    """What planning policies search for: reward, success or both."""
+    """What planning policies search for: reward, success, both, or goal (look like the goal image)."""
     budget: PlanningBudget = field(default_factory=PlanningBudget)
     """What a search may cost."""
     device: str = "cpu"
@@ -82,8 +82,13 @@ class PolicySpec:
 
     @property
     def imagines(self) -> bool:
-        """Whether it needs a world model."""
+        """Whether it looks at frames and imagines others."""
         return self.name in ("shooting", "imagined")
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether it needs a world model: to imagine, or to measure how far a frame is from the goal's."""
+        return self.imagines or (self.plans and self.objective == "goal")
 
     def build(self, simulator: EpisodeSimulator, seed: int) -> Policy:
         """The policy for one episode; the world model is loaded once in a process.
@@ -92,7 +97,7 @@ class PolicySpec:
             ValueError: if the checkpoint cannot be loaded or was made for another embodiment.
         """
         world_model = None
-        if self.imagines:
+        if self.needs_model:
             world_model = _load_world_model(self.checkpoint, self.device)
             check_fits(world_model, simulator)
         return make_policy(self, simulator, seed=seed, world_model=world_model)
@@ -112,7 +117,7 @@ def make_policy(
         spec: which policy; its checkpoint is not looked at.
         simulator: where it will act; has ``block`` and ``action_space``.
         seed: of all its random numbers.
-        world_model: what ``shooting`` and ``imagined`` imagine with.
+        world_model: what ``shooting`` and ``imagined`` imagine with, and what the ``goal`` objective measures with.
         record: keep what a planning policy imagined (see ``PlanningPolicy``).
 
     Raises:
@@ -129,10 +134,19 @@ def make_policy(
         if not isinstance(simulator, PandaEnv):
             raise ValueError(f"there is no scripted expert for {simulator.env_id}; try another policy")
         return ScriptedPolicy(simulator)
-    source: DynamicsSource = TrueSource(simulator)
+    if spec.needs_model and world_model is None:
+        raise ValueError(
+            f"the {spec.name} policy with objective {spec.objective} needs a world model: give a checkpoint"
+        )
+    objective: Objective
+    source: DynamicsSource
+    if spec.objective == "goal" and world_model is not None:
+        objective = GoalOfEpisode(simulator, world_model)
+        source = TrueSource(simulator, world_model.encode_frames)
+    else:
+        objective = find_objective(spec.objective)
+        source = TrueSource(simulator)
     if spec.imagines:
-        if world_model is None:
-            raise ValueError(f"the {spec.name} policy needs a world model: give a checkpoint")
         if world_model.block != simulator.block:
             raise ValueError(
                 f"the world model has blocks of {world_model.block} env steps, the environment of {simulator.block}"
@@ -155,7 +169,7 @@ def make_policy(
     )
     return PlanningPolicy(
         planner,
-        find_objective(spec.objective),
+        objective,
         source,
         seed=seed,
         replan_every=budget.replan_every,

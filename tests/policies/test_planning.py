@@ -6,8 +6,8 @@ from emu_embodied.planners.objectives import PredictedReward
 from emu_embodied.planners.registry import make_planner
 from emu_embodied.planners.sampling import PlanSpace, shift
 from emu_embodied.policies.episode import run_episode
-from emu_embodied.policies.planning import ImaginedSource, PlanningPolicy, TrueSource
-from emu_embodied.records import Plan
+from emu_embodied.policies.planning import GoalOfEpisode, ImaginedSource, PlanningPolicy, TrueSource
+from emu_embodied.records import Imagination, Observation, Plan
 from tests.point_mass import PointMass, PointMassModel
 
 SPACE = PlanSpace(horizon=4, block=5, action_dim=2)
@@ -138,3 +138,35 @@ def test_acting_before_a_reset_is_refused():
         planning(ImaginedSource(PointMassModel())).act(PointMass().observe())
     with pytest.raises(ValueError, match="replan_every"):
         planning(ImaginedSource(PointMassModel()), replan_every=0)
+
+
+def test_goal_objective_prefers_the_future_that_looks_like_the_goal() -> None:
+    class Frames:
+        def embed(self, codes: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(codes, 4).float()
+
+    class Model:
+        frames = Frames()
+
+        def encode_frames(self, frames: dict[str, np.ndarray]) -> torch.Tensor:
+            return torch.from_numpy(frames["front"][0, :, 0]).long()
+
+    class Shows:
+        def __init__(self) -> None:
+            self.goal = 3
+
+        def goal_observation(self) -> Observation:
+            return Observation({"front": np.full((1, 5, 3), self.goal, np.uint8)}, np.zeros(1, np.float32), "")
+
+    simulator = Shows()
+    objective = GoalOfEpisode(simulator, Model())  # type: ignore[arg-type]
+    tokens = torch.stack([torch.full((2, 5), code) for code in (1, 2, 3)])
+    zeros = torch.zeros(3, 2)
+    imagination = Imagination(tokens, torch.zeros(3, 2, 1), zeros, zeros)
+    with pytest.raises(ValueError, match="reset"):
+        objective(imagination)
+    objective.reset()
+    assert objective(imagination).argmin() == 2
+    simulator.goal = 1
+    objective.reset()
+    assert objective(imagination).argmin() == 0

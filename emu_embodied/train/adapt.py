@@ -100,6 +100,7 @@ def check_same_recording(store: EpisodeStore, world: WorldModel) -> None:
     if spec.action_dim != config.action_dim:
         clashes.append(f"action dimensions: dataset {spec.action_dim}; model {config.action_dim}")
     if [f.name for f in spec.proprio] != [f.name for f in config.proprio]:
-        clashes.append("proprio fields differ")
+        names = [", ".join(field.name for field in fields) for fields in (spec.proprio, config.proprio)]
+        clashes.append(f"proprio fields: dataset {names[0]}; model {names[1]}")
     if clashes:
         raise ValueError(f"{store.folder} does not fit the model: " + " | ".join(clashes))

@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -60,10 +60,8 @@ class Collect:
     """Run seed. Small reset seeds stay free for evaluation."""
     image_size: int = 64
     """Side of a frame [pixels]; the preset `base` reads 128."""
-    mixture: dict[str, float] = field(
-        default_factory=lambda: {"expert": 0.25, "noisy": 0.35, "random": 0.2, "play": 0.2}
-    )
-    """Behaviour and share, repeatedly, e.g. ``expert 0.5 play 0.5``."""
+    mixture: str = "expert=0.25,noisy=0.35,random=0.2,play=0.2"
+    """Behaviours and their shares."""
 
     def run(self) -> int:
         """Collect."""
@@ -80,7 +78,7 @@ class Collect:
             out=self.out,
             workers=self.workers,
             seed=self.seed,
-            mixture=self.mixture,
+            mixture=_shares(self.mixture),
         )
         simulators = partial(make, image_size=self.image_size)
         result = collect(config, simulators, BEHAVIOURS, meta=meta_dict(make_meta(seed=self.seed)))
@@ -89,6 +87,18 @@ class Collect:
         for name, (solved, total) in sorted(result.success.items()):
             print(f"  {name}: {solved} of {total} episodes successful")
         return 0
+
+
+def _shares(text: str) -> dict[str, float]:
+    """``expert=0.5,play=0.5`` as a dictionary."""
+    shares = {}
+    for part in text.split(","):
+        name, _, share = part.partition("=")
+        try:
+            shares[name.strip()] = float(share)
+        except ValueError as error:
+            raise ValueError(f"--mixture {text!r}: {part!r} is not behaviour=share, e.g. expert=0.5") from error
+    return shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,7 +364,6 @@ Command = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse a command line and run it; user errors print one line and return 2."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may wait for a hub
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # nor print over our own progress
     arguments = sys.argv[1:] if arguments is None else arguments
     if mistake := unknown_word(arguments):
         return _refuse(mistake)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from emu_embodied.decode.autoregressive import SequentialDecoder
 from emu_embodied.decode.dida import DecodedState, ParallelDecoder, StateDecoder
@@ -298,7 +300,8 @@ class WorldModel:
         """Write config.json, model.safetensors, world.json and tokenizer/ into ``folder``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.backbone.save_pretrained(folder)
+        with _without_bars():
+            self.backbone.save_pretrained(folder)
         self.frames.save_pretrained(folder / "tokenizer")
         write_json(folder / "world.json", asdict(self.config))
 
@@ -311,12 +314,25 @@ class WorldModel:
         """
         folder = checkpoint_folder(name_or_folder)
         config = WorldModelConfig.load(folder / "world.json")
-        backbone = EmuForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+        with _without_bars():
+            backbone = EmuForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
         frames = IBQFrameTokenizer(IBQ.from_pretrained(folder / "tokenizer", device))
         try:
             return cls(config, backbone, frames)
         except ValueError as error:
             raise ValueError(f"the files in {folder} do not belong together: {error}") from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from drawing a progress bar for a file that takes no time, in the middle of our own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check_finite(logits: StateLogits, block: int) -> None:

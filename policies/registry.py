@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -45,6 +45,9 @@ class PlanningBudget:
     """Standard deviation of the first candidates [action units; the box is 2 wide]."""
     correlation: float = 0.5
     """Correlation of neighbouring knots' noise, in [0, 1)."""
+    answer: Literal["best", "mean"] = "best"
+    """What cem and mppi return: the cheapest candidate, or their last mean (one candidate more), which a noisy model
+    flatters less."""
 
     @property
     def evaluations(self) -> int:
@@ -159,13 +162,16 @@ def make_policy(
         action_dim=action_dim,
         knots_per_block=budget.knots_per_block,
     )
+    planner_name = "shooting" if spec.name == "shooting" else spec.planner
+    refining = {} if planner_name == "shooting" else {"answer": budget.answer}
     planner = make_planner(
-        "shooting" if spec.name == "shooting" else spec.planner,
+        planner_name,
         space,
         samples=budget.samples,
         iterations=budget.iterations,
         init_std=budget.init_std,
         correlation=budget.correlation,
+        **refining,
     )
     return PlanningPolicy(
         planner,

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,6 +43,16 @@ def test_another_planner():
     simulator = PointMass()
     spec = PolicySpec(name="true", planner="mppi")
     assert isinstance(make_policy(spec, simulator).planner, MPPI)
+
+
+def test_the_mean_as_answer_costs_one_candidate_more():
+    simulator = PointMass()
+    spent = {}
+    for name in ("shooting", "imagined", "true"):
+        spec = PolicySpec(name=name, budget=replace(BUDGET, answer="mean"))
+        trace = run_episode(simulator, make_policy(spec, simulator, world_model=PointMassModel()), seed=0)
+        spent[name] = trace.decisions[0].plan.evaluations
+    assert spent == {"shooting": 32, "imagined": 33, "true": 33}
 
 
 def test_unknown_names_get_the_nearest():

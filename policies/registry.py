@@ -149,7 +149,7 @@ def make_policy(
     else:
         objective = find_objective(spec.objective)
         source = TrueSource(simulator)
-    if spec.imagines:
+    if spec.imagines and world_model is not None:
         if world_model.block != simulator.block:
             raise ValueError(
                 f"the world model has blocks of {world_model.block} env steps, the environment of {simulator.block}"

@@ -116,10 +116,10 @@ class KVCache:
         Returns:
             The first ``span`` own keys and values with the new ones, views [batch, kv heads, span, head dim].
         """
-        end = self.length + key.shape[2]
-        self.keys[layer][:, :, self.length : end] = key
-        self.values[layer][:, :, self.length : end] = value
-        return self.keys[layer][:, :, :span], self.values[layer][:, :, :span]
+        keys, values = self.keys[layer], self.values[layer]
+        keys.narrow(2, self.length, key.shape[2]).copy_(key)
+        values.narrow(2, self.length, key.shape[2]).copy_(value)
+        return keys.narrow(2, 0, span), values.narrow(2, 0, span)
 
     def shared(self, layer: int, span: int) -> KeyValue | None:
         """The first ``span`` keys and values of the prefix, [1, kv heads, span, head dim], or None if it holds none."""

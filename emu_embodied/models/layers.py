@@ -22,16 +22,22 @@ from emu_embodied.models.masks import NoisyCopies
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, in float32."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., width] -> [..., width]."""
-        # A norm is one pass over x where a mean of squares is two, and this runs on every token of every candidate.
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return (x * torch.rsqrt(norm * norm / x.shape[-1] + self.eps)).to(x.dtype) * self.weight
+    def forward(self, x: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        """[..., width] -> [..., width]; ``eps`` is ``Call.eps``."""
+        return normalise(x, eps) * self.weight
+
+
+def normalise(x: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """Divide by the root mean square over the last dimension."""
+    # A norm is one pass over x where a mean of squares is two, and this runs on every token of every candidate. Adding
+    # a number costs three times as much as adding a tensor of one element, which counts when there is one token.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return x * scale if x.dtype == torch.float32 else (x * scale).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,7 @@ class Call:
     """What all layers share in one call of ``core``.
 
     Attributes:
+        eps: float32 scalar, added to the mean square in every norm.
         cos: cosines [1 or B, T, 1, head dim] of the rotary angles, the same in both halves of a head.
         sin: sines, negative in the first half.
         bias: added to the scores of own keys; or the copies that say which to compute; or None.
@@ -49,6 +56,7 @@ class Call:
         prefix_span: keys read from its prefix.
     """
 
+    eps: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
     bias: torch.Tensor | NoisyCopies | None = None
@@ -62,7 +70,7 @@ class Call:
         """The same for a layer that lives on another device (models spread over several)."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=non_blocking)
-            for name in ("cos", "sin", "bias", "prefix_bias")
+            for name in ("eps", "cos", "sin", "bias", "prefix_bias")
             if isinstance(value := getattr(self, name), torch.Tensor)
         }
         return replace(self, **moved)
@@ -80,9 +88,7 @@ def rotations(
 
 def _rotate(x: torch.Tensor, call: Call) -> torch.Tensor:
     """RoPE: the first half of a head [..., head dim] are real parts, the second half imaginary parts."""
-    half = x.shape[-1] // 2
-    swapped = torch.cat([x[..., half:], x[..., :half]], -1)
-    return torch.addcmul(x * call.cos, swapped, call.sin)
+    return torch.addcmul(x * call.cos, x.roll(x.shape[-1] // 2, -1), call.sin)
 
 
 class EmuAttention(nn.Module):
@@ -98,14 +104,14 @@ class EmuAttention(nn.Module):
         self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=False)
-        self.q_norm = RMSNorm(head, config.rms_norm_eps)
-        self.k_norm = RMSNorm(head, config.rms_norm_eps)
+        self.q_norm = RMSNorm(head)
+        self.k_norm = RMSNorm(head)
 
     def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]."""
         shape = (*x.shape[:2], -1, self.head_dim)
-        query = _rotate(self.q_norm(self.q_proj(x).view(shape)), call)
-        key = _rotate(self.k_norm(self.k_proj(x).view(shape)), call).transpose(1, 2)
+        query = _rotate(self.q_norm(self.q_proj(x).view(shape), call.eps), call)
+        key = _rotate(self.k_norm(self.k_proj(x).view(shape), call.eps), call).transpose(1, 2)
         value = self.v_proj(x).view(shape).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
         if isinstance(call.bias, NoisyCopies):
@@ -139,7 +145,11 @@ class EmuMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if torch.is_grad_enabled():
+            return self.down_proj(F.silu(gate) * up)
+        # In place: fresh memory for the widest tensors of the model costs as much as the arithmetic.
+        return self.down_proj(F.silu(gate, inplace=True).mul_(up))
 
 
 class EmuLayer(GradientCheckpointingLayer):
@@ -149,14 +159,17 @@ class EmuLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = EmuAttention(config, layer)
         self.mlp = EmuMLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size)
         self.dropout = config.attention_dropout
 
     def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]."""
-        x = x + F.dropout(self.self_attn(self.input_layernorm(x), call), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
+        x = x + self._drop(self.self_attn(self.input_layernorm(x, call.eps), call))
+        return x + self._drop(self.mlp(self.post_attention_layernorm(x, call.eps)))
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
 class ActionEmbedding(nn.Module):

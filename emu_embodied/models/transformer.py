@@ -35,7 +35,7 @@ class EmuModel(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(EmuLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size)
 
 
 class EmuForCausalLM(PreTrainedModel, GenerationMixin):
@@ -156,12 +156,13 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("a KV cache is for inference: call under torch.no_grad(), or train without a cache")
             cache.reserve(tokens)
         call = self._call(embeds, positions, mask, cache)
-        hidden = F.dropout(embeds, self.config.attention_dropout, self.training)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        hidden = F.dropout(embeds, dropout) if dropout else embeds
         for layer in self.model.layers:
             hidden = layer(hidden, call)
         if cache is not None:
             cache.advance(tokens if keep is None else keep)
-        return self.model.norm(hidden)
+        return self.model.norm(hidden, call.eps.to(hidden.device))
 
     def _call(
         self,
@@ -172,25 +173,28 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Call:
         """What every layer needs, made once: the mask becomes an additive bias over all keys that are read."""
         tokens = embeds.shape[1]
+        eps = embeds.new_full((), self.config.rms_norm_eps, dtype=torch.float32)
         cos, sin = rotations(positions, self.config.head_dim, self.config.rope_theta, embeds.dtype)
         if isinstance(mask, NoisyCopies):
-            return Call(cos, sin, mask)
+            return Call(eps, cos, sin, mask)
         past = 0 if cache is None else cache.length
         prefix_span, span = (0, tokens) if cache is None else cache.spans(tokens)
         prefix_bias = None
         if cache is not None and cache.prefix is not None and prefix_span > cache.prefix.length:
             prefix_bias = embeds.new_zeros(1, prefix_span)
             prefix_bias[:, cache.prefix.length :] = -torch.inf
-        causal = mask is None and tokens > 1 and span == tokens
-        if mask is None and tokens > 1 and not causal:
+        causal = mask is None and tokens > 1 and past == 0
+        if causal:
+            span = tokens  # no bias at all: a prompt's would have the square of its length
+        elif mask is None and tokens > 1:
             mask = torch.ones(tokens, tokens, dtype=torch.bool, device=embeds.device).tril()
         if mask is None:
-            return Call(cos, sin, None, prefix_bias, causal, cache, span, prefix_span)
+            return Call(eps, cos, sin, None, prefix_bias, causal, cache, span, prefix_span)
         bias = embeds.new_zeros(*mask.shape[:-1], span)
         bias[..., past + tokens :] = -torch.inf
         bias[..., past + tokens - mask.shape[-1] : past + tokens].masked_fill_(~mask, -torch.inf)
         bias = bias.unsqueeze(1) if mask.dim() == 3 else bias
-        return Call(cos, sin, bias, prefix_bias, causal, cache, span, prefix_span)
+        return Call(eps, cos, sin, bias, prefix_bias, causal, cache, span, prefix_span)
 
     def head(self, hidden: torch.Tensor, ids: slice | None = None) -> torch.Tensor:
         """Logits float32 [..., V] of hidden states [..., D]; only those of ``ids``, where given."""

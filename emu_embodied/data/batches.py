@@ -64,6 +64,7 @@ class TokenDataset:
         imitate_E: bool, one for each episode.
         first_E: int64, row of each episode's first state.
         length_E: int64, states of each episode.
+        env_E: int64, number of the environment each episode was recorded from.
     """
 
     codes_MN: torch.Tensor
@@ -75,6 +76,7 @@ class TokenDataset:
     imitate_E: torch.Tensor
     first_E: torch.Tensor
     length_E: torch.Tensor
+    env_E: torch.Tensor
 
     def split(self, held_out: float) -> tuple[TokenDataset, TokenDataset]:
         """(training, held-out): whole episodes, chosen by ``held_out_episodes``.
@@ -97,6 +99,7 @@ class TokenDataset:
             self.imitate_E[chosen],
             self.first_E[chosen],
             self.length_E[chosen],
+            self.env_E[chosen],
         )
 
     def rows(self) -> torch.Tensor:
@@ -119,7 +122,9 @@ class TokenDataset:
         return places
 
     def sample(self, batch: int, num_states: int, text_ids_EL: torch.Tensor, generator: torch.Generator) -> WindowBatch:
-        """Draw windows uniformly over all positions where ``num_states`` states fit.
+        """Draw windows: every environment as often as any other, and all its windows alike.
+
+        Short episodes hold few windows; drawn evenly over all of them, the task with long episodes would drown the rest.
 
         Args:
             batch: B.
@@ -131,10 +136,10 @@ class TokenDataset:
             ValueError: if no episode is long enough.
         """
         places = self.places(num_states)
-        ends = places.cumsum(0)
-        drawn = torch.randint(int(ends[-1]), (batch,), generator=generator)
-        episode = torch.searchsorted(ends, drawn, right=True)
-        start = self.first_E[episode] + drawn - (ends[episode] - places[episode])
+        of_env = torch.zeros(int(self.env_E.max()) + 1).index_add_(0, self.env_E, places.float())
+        weight_E = places / of_env[self.env_E].clamp(min=1)
+        episode = torch.multinomial(weight_E, batch, replacement=True, generator=generator)
+        start = self.first_E[episode] + (torch.rand(batch, generator=generator) * places[episode]).long()
         rows_BT = start[:, None] + torch.arange(num_states)
         return WindowBatch(
             text_ids_EL[episode],
@@ -194,6 +199,7 @@ def encode_dataset(
         torch.tensor([e.source in IMITATED for e in episodes]),
         length_E.cumsum(0) - length_E,
         length_E,
+        torch.tensor([store.spec.env_ids.index(episode.env_id) for episode in episodes]),
     )
 
 

@@ -18,10 +18,10 @@ class LossWeights:
     """Frame codes (Emu3.5 weighs vision 0.5 against text 1, section 3.2)."""
     changed: float = 4.0
     """A code that differs from the one at its place in the state before counts this many times."""
-    proprio: float = 0.5
+    proprio: float = 1.0
     """Proprio bins."""
-    reward: float = 0.5
-    """Reward bin."""
+    reward: float = 1.5
+    """Reward bin: one token among some seventy, and the one that plans are judged by."""
     success: float = 0.25
     """Success."""
     action: float = 0.1

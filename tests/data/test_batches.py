@@ -35,7 +35,7 @@ def encoded(monkeypatch, tokenizer):
     return frames
 
 
-def counting(lengths: list[int]) -> TokenDataset:
+def counting(lengths: list[int], envs: list[int] | None = None) -> TokenDataset:
     """Rows are numbered; proprio holds (episode, place in it)."""
     total = sum(lengths)
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -51,6 +51,7 @@ def counting(lengths: list[int]) -> TokenDataset:
         length_E > 3,
         length_E.cumsum(0) - length_E,
         length_E,
+        torch.tensor(envs or [0] * len(lengths)),
     )
 
 
@@ -78,6 +79,13 @@ def test_windows_are_consecutive_states_of_one_episode(lengths, states):
     starts, counts = batch.codes_BTN[:, 0, 0].unique(return_counts=True)
     assert len(starts) == sum(max(0, n - states + 1) for n in lengths)
     assert float(counts.min()) > 0.6 * 3000 / len(starts)
+
+
+def test_every_environment_is_drawn_alike_however_long_its_episodes_are():
+    tokens = counting([3, 3, 20, 20], envs=[0, 0, 1, 1])
+    batch = draw(tokens, 4000, 3)
+    short = float((batch.text_BL[:, 0] < 2).float().mean())
+    assert 0.45 < short < 0.55
 
 
 def test_the_generator_decides():

@@ -31,11 +31,11 @@ POLICIES: dict[str, str] = {
 class PlanningBudget:
     """What a search may cost: one budget for shooting, imagined and true, so that their rows can be compared."""
 
-    samples: int = 48
+    samples: int = 32
     """Candidates per iteration."""
     iterations: int = 3
     """Iterations per decision; shooting spends them on fresh candidates."""
-    horizon: int = 3
+    horizon: int = 2
     """Length of a plan [blocks]."""
     knots_per_block: int = 1
     """Free actions per block; each is held for its share of the block."""
@@ -45,7 +45,7 @@ class PlanningBudget:
     """Standard deviation of the first candidates [action units; the box is 2 wide]."""
     correlation: float = 0.5
     """Correlation of neighbouring knots' noise, in [0, 1)."""
-    answer: Literal["best", "mean"] = "best"
+    answer: Literal["best", "mean"] = "mean"
     """What cem and mppi return: the cheapest candidate, or their last mean (one candidate more), which a noisy model
     flatters less."""
 

@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 if (_CHECKOUT / "pyproject.toml").exists():
-    # In a checkout the outer rooms (envs/, policies/, ...) stand beside this folder; an installed wheel has them inside.
+    # In a checkout the outer rooms (envs/, policies/ ...) stand beside this folder; a wheel has them inside.
     __path__.append(str(_CHECKOUT))
 
 _PUBLIC = {

@@ -167,6 +167,7 @@ class Plan(_Search):
         from emu_embodied.policies.episode import run_episode
         from emu_embodied.policies.registry import check_fits, make_policy
         from emu_embodied.provenance import make_meta
+        from emu_embodied.records import Transition
         from emu_embodied.viz.report import write_plan_report
         from emu_embodied.world_model import WorldModel
 
@@ -182,13 +183,17 @@ class Plan(_Search):
         policy = make_policy(spec, simulator, seed=self.seed, world_model=world, record=True)
         blocks = simulator.max_episode_steps // simulator.block
         with tqdm(total=blocks, desc="plan and act", unit="block") as progress:
+
+            def count(transition: Transition) -> None:
+                progress.update()
+
             trace = run_episode(
                 simulator,
                 policy,
                 seed=self.seed,
                 env_id=self.env,
                 policy_name=self.policy,
-                on_block=lambda transition: progress.update(),
+                on_block=count,
             )
         simulator.close()
         data_hash = None if world is None else world.config.data_hash

@@ -1,8 +1,8 @@
 """What flows between the rooms: typed records instead of dictionaries.
 
-Shape letters, used as suffixes here and in all tensor code: B batch, S candidate plans, H horizon in blocks, K env steps
-in a block, A action dims, P proprio dims, T tokens or blocks in time, N frame tokens of one state (all cameras),
-C cameras, V vocabulary, D width.
+Shape letters, used as suffixes here and in all tensor code: B batch, S candidate plans, H horizon in blocks,
+K env steps in a block, A action dims, P proprio dims, T tokens or blocks in time, N frame tokens of one state (all
+cameras), C cameras, V vocabulary, D width.
 """
 
 from __future__ import annotations

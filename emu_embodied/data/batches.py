@@ -124,7 +124,7 @@ class TokenDataset:
     def sample(self, batch: int, num_states: int, text_ids_EL: torch.Tensor, generator: torch.Generator) -> WindowBatch:
         """Draw windows: every environment as often as any other, and all its windows alike.
 
-        Short episodes hold few windows; drawn evenly over all of them, the task with long episodes would drown the rest.
+        Short episodes hold few windows; drawn evenly over all, the task with long episodes would drown the others.
 
         Args:
             batch: B.

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from emu_embodied.planners.dynamics import ImaginedDynamics, Tokenize, TrueDynamics, evaluator
-from emu_embodied.planners.objectives import GoalImage
+from emu_embodied.planners.objectives import GoalImage, GoalProprio, WeightedSum
 from emu_embodied.planners.sampling import shift
 from emu_embodied.protocols import Objective, Planner, Simulator, WorldModel
-from emu_embodied.records import Imagination, Observation
+from emu_embodied.records import Field, Imagination, Observation
 from emu_embodied.viz.trace import Decision, Future
 
 
@@ -107,28 +107,41 @@ class TrueSource:
 class GoalSimulator(Protocol):
     """A simulator that can show its task solved."""
 
+    @property
+    def proprio_fields(self) -> tuple[Field, ...]:
+        """Names, units and ranges of the proprio vector."""
+        ...
+
     def goal_observation(self) -> Observation:
         """The scene of the present episode with the task solved."""
         ...
 
 
 class GoalOfEpisode:
-    """Objective: look like the goal image of the episode at hand.
+    """Objective: be in the goal state of the episode at hand, as a picture and in proprio.
+
+    The sum of ``GoalImage`` and ``proprio_weight`` times ``GoalProprio`` over the fields that are positions (unit m), as
+    DINO-WM plans (Zhou et al. 2024).
 
     Args:
         simulator: shows the goal.
         world_model: its tokens and code vectors are what distance is measured in.
+        proprio_weight: of proprio beside the picture.
     """
 
-    def __init__(self, simulator: GoalSimulator, world_model: WorldModel):
+    def __init__(self, simulator: GoalSimulator, world_model: WorldModel, *, proprio_weight: float = 2.0):
         self.simulator = simulator
         self.world_model = world_model
-        self._goal: GoalImage | None = None
+        self.proprio_weight = proprio_weight
+        self._goal: Objective | None = None
 
     def reset(self) -> None:
         """Look at the goal of the episode that has begun."""
         goal = self.simulator.goal_observation()
-        self._goal = GoalImage(self.world_model.frames.embed, self.world_model.encode_frames(goal.frames))
+        fields = self.simulator.proprio_fields
+        places = {f.name: float(v) for f, v in zip(fields, goal.proprio, strict=True) if f.unit == "m"}
+        picture = GoalImage(self.world_model.frames.embed, self.world_model.encode_frames(goal.frames))
+        self._goal = WeightedSum(((1.0, picture), (self.proprio_weight, GoalProprio(places, fields))))
 
     def __call__(self, imagination: Imagination) -> torch.Tensor:
         """Cost float32 [S]; see ``GoalImage``.

@@ -7,7 +7,7 @@ from emu_embodied.planners.registry import make_planner
 from emu_embodied.planners.sampling import PlanSpace, shift
 from emu_embodied.policies.episode import run_episode
 from emu_embodied.policies.planning import GoalOfEpisode, ImaginedSource, PlanningPolicy, TrueSource
-from emu_embodied.records import Imagination, Observation, Plan
+from emu_embodied.records import Field, Imagination, Observation, Plan
 from tests.point_mass import PointMass, PointMassModel
 
 SPACE = PlanSpace(horizon=4, block=5, action_dim=2)
@@ -152,17 +152,19 @@ def test_goal_objective_prefers_the_future_that_looks_like_the_goal() -> None:
             return torch.from_numpy(frames["front"][0, :, 0]).long()
 
     class Shows:
+        proprio_fields = (Field("x", "m", 0.0, 1.0), Field("v", "m/s", 0.0, 1.0))
+
         def __init__(self) -> None:
             self.goal = 3
 
         def goal_observation(self) -> Observation:
-            return Observation({"front": np.full((1, 5, 3), self.goal, np.uint8)}, np.zeros(1, np.float32), "")
+            return Observation({"front": np.full((1, 5, 3), self.goal, np.uint8)}, np.array([0.5, 0.9], np.float32), "")
 
     simulator = Shows()
     objective = GoalOfEpisode(simulator, Model())  # type: ignore[arg-type]
     tokens = torch.stack([torch.full((2, 5), code) for code in (1, 2, 3)])
     zeros = torch.zeros(3, 2)
-    imagination = Imagination(tokens, torch.zeros(3, 2, 1), zeros, zeros)
+    imagination = Imagination(tokens, torch.full((3, 2, 2), 0.5), zeros, zeros)
     with pytest.raises(ValueError, match="reset"):
         objective(imagination)
     objective.reset()
@@ -170,3 +172,7 @@ def test_goal_objective_prefers_the_future_that_looks_like_the_goal() -> None:
     simulator.goal = 1
     objective.reset()
     assert objective(imagination).argmin() == 0
+    # Same pictures, other places: the position counts, the velocity at the goal does not.
+    proprio = torch.tensor([[0.1, 0.9], [0.5, 0.0], [0.9, 0.9]])[:, None].expand(-1, 2, -1)
+    alike = Imagination(torch.ones(3, 2, 5, dtype=torch.long), proprio, zeros, zeros)
+    assert objective(alike).argmin() == 1

@@ -342,7 +342,7 @@ def _check_finite(logits: StateLogits, block: int) -> None:
         ValueError: if there is one.
     """
     parts = (logits.frame, logits.proprio, logits.reward, logits.success)
-    fine_S = torch.stack([part.flatten(1).isfinite().all(1) for part in parts]).all(0)
+    fine_S = torch.stack([part.flatten(1).sum(1) for part in parts]).isfinite().all(0)
     if not bool(fine_S.all()):
         candidate = int((~fine_S).nonzero()[0])
         raise ValueError(f"the model produced NaN for candidate {candidate} at block {block}: its weights are damaged")

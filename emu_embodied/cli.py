@@ -109,8 +109,9 @@ class _Search:
     """A shipped name or a checkpoint folder."""
     planner: Literal["cem", "mppi", "shooting"] = "cem"
     """Solver of the imagined and true policies."""
-    objective: str = "reward"
-    """What plans are searched for: reward, success, both, or goal (look like the goal image)."""
+    objective: str = "goal"
+    """What plans are searched for: goal (the goal picture and place), or what the model predicts of the instruction:
+    reward, success, or both of these."""
     samples: int | None = None
     """Candidate plans in an iteration."""
     iterations: int | None = None

@@ -33,7 +33,7 @@ class PlanningBudget:
 
     samples: int = 32
     """Candidates per iteration."""
-    iterations: int = 3
+    iterations: int = 2
     """Iterations per decision; shooting spends them on fresh candidates."""
     horizon: int = 2
     """Length of a plan [blocks]."""
@@ -65,8 +65,8 @@ class PolicySpec:
     """World model of the imagining policies: a shipped name or a folder."""
     planner: str = "cem"
     """Planner of ``imagined`` and ``true``: cem, mppi or shooting."""
-    objective: str = "reward"
-    """What planning policies search for: reward, success, both, or goal (look like the goal image)."""
+    objective: str = "goal"
+    """What planning policies search for: goal (the goal picture and place), reward, success, or both of these."""
     budget: PlanningBudget = field(default_factory=PlanningBudget)
     """What a search may cost."""
     device: str = "cpu"

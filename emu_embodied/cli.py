@@ -280,8 +280,8 @@ class Imagine:
     """First reset seed."""
     decoding: Literal["default", "autoregressive", "dida"] = "default"
     """Which decoder; the checkpoint's own by default."""
-    passes: int = 1
-    """Parallel passes of a state (dida)."""
+    passes: int | None = None
+    """Parallel passes of a state (dida); the checkpoint's own by default."""
     device: Device = "auto"
     """Where the world model runs."""
     json: Path
@@ -310,15 +310,19 @@ class Imagine:
             if written.exists():
                 raise ValueError(f"{written} exists already: give another --json and --out")
         world = WorldModel.from_pretrained(self.checkpoint, device=str(pick_device(self.device)))
-        if self.decoding != "default":
-            world = world.with_decoding(self.decoding, passes=self.passes)
+        own = world.config
+        decoding = own.decoding if self.decoding == "default" else self.decoding
+        passes = own.passes if self.passes is None else self.passes
+        if decoding == "autoregressive" and self.passes is not None:
+            raise ValueError("--passes is for parallel decoding: add --decoding dida")
+        world = world.with_decoding(decoding, passes=passes, temperature=own.temperature)
         steps = world.block * self.horizon
         simulator = make(self.env, max_episode_steps=steps, image_size=world.config.image_size)
         check_fits(world, simulator)
         episodes = record_fresh(simulator, BEHAVIOURS, record_episode, self.env, self.episodes, self.seed)
         simulator.close()
         scores = score_horizons(world, episodes, self.horizon, seed=self.seed)
-        meta = make_meta(seed=self.seed, data_hash=world.config.data_hash, decoding=self.decoding, passes=self.passes)
+        meta = make_meta(seed=self.seed, data_hash=world.config.data_hash, decoding=decoding, passes=passes)
         write_json(self.json, {"per_horizon": [row.to_dict() for row in scores.rows], "meta": meta_dict(meta)})
         picture = draw_horizons(scores, self.out / "imagine.png")
         print(scores.table())

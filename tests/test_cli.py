@@ -148,6 +148,19 @@ def test_a_checkpoint_for_another_robot_is_refused(shipped, tmp_path, capsys):
     assert "the checkpoint does not fit PandaReach-v0, action dimensions: 2 against 4" in line
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--passes", "0"], "passes is 0, it has to be a whole number of at least 1"),
+        (["--decoding", "autoregressive", "--passes", "2"], "--passes is for parallel decoding"),
+        (["--horizon", "0"], "have to be at least 1"),
+    ],
+)
+def test_imagination_that_cannot_be_is_refused_before_anything_is_recorded(flags, message, shipped, tmp_path, capsys):
+    files = ["--json", tmp_path / "f.json", "--out", tmp_path / "out"]
+    assert message in refusal(capsys, "imagine", "--env", "PandaReach-v0", *files, *flags)
+
+
 def test_an_unknown_policy_names_the_nearest(tmp_path, capsys):
     line = refusal(capsys, "bench", "--env", "PandaPush-v0", "--policy", "radom", "--json", tmp_path / "f.json")
     assert "unknown policy 'radom': did you mean 'random'?" in line

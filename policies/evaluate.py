@@ -256,7 +256,8 @@ def weights_hash(checkpoint: str) -> str:
     from emu_embodied.world_model import checkpoint_folder  # slow to import, and most workers need none
 
     digest = hashlib.sha256()
-    for file in sorted(checkpoint_folder(checkpoint).rglob("*.safetensors")):
+    folder = checkpoint_folder(checkpoint)
+    for file in (folder / "model.safetensors", folder / "tokenizer" / "model.safetensors"):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

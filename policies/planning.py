@@ -120,8 +120,8 @@ class GoalSimulator(Protocol):
 class GoalOfEpisode:
     """Objective: be in the goal state of the episode at hand, as a picture and in proprio.
 
-    The sum of ``GoalImage`` and ``proprio_weight`` times ``GoalProprio`` over the fields that are positions (unit m), as
-    DINO-WM plans (Zhou et al. 2024).
+    The sum of ``GoalImage`` and ``proprio_weight`` times ``GoalProprio`` over the fields that are positions (unit m),
+    as DINO-WM plans (Zhou et al. 2024).
 
     Args:
         simulator: shows the goal.

@@ -65,8 +65,8 @@ class PolicySpec:
     """World model of the imagining policies: a shipped name or a folder."""
     planner: str = "cem"
     """Planner of ``imagined`` and ``true``: cem, mppi or shooting."""
-    objective: str = "goal"
-    """What planning policies search for: goal (the goal picture and place), reward, success, or both of these."""
+    objective: str = "reward"
+    """What planning policies search for: reward, success, both of these, or goal (the goal picture and place)."""
     budget: PlanningBudget = field(default_factory=PlanningBudget)
     """What a search may cost."""
     device: str = "cpu"

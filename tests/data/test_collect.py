@@ -211,7 +211,10 @@ def test_killed_run_leaves_no_workers_and_can_be_continued(tmp_path: Path, sent:
         time.sleep(0.05)
     workers = children(process.pid)
     process.send_signal(sent)
-    assert process.wait(20) != 0
+    try:
+        assert process.wait(60) != 0
+    finally:
+        process.kill()
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(workers) >= 2 and not any(map(alive, workers))

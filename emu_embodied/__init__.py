@@ -19,6 +19,7 @@ _PUBLIC = {
     "EmuForCausalLM": "emu_embodied.models.transformer",
     "EmuConfig": "emu_embodied.models.transformer",
     "IBQ": "emu_embodied.models.ibq",
+    "TextTokenizer": "emu_embodied.tokens.text",
     "Observation": "emu_embodied.records",
     "Episode": "emu_embodied.records",
     "Imagination": "emu_embodied.records",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from emu_embodied.records import Imagination as Imagination
     from emu_embodied.records import Observation as Observation
     from emu_embodied.records import Plan as Plan
+    from emu_embodied.tokens.text import TextTokenizer as TextTokenizer
     from emu_embodied.world_model import WorldModel as WorldModel
 
 

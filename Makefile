@@ -12,10 +12,10 @@ ARGS ?=
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 
-demo: $(VENV)/.installed ## plan a push with the shipped model: video, plot and verdict in runs/
+demo: $(VENV)/.installed ## plan a reach with the shipped model: video, plot and verdict in runs/
 	@scripts/setup_gl.sh $(BIN)/python
 	@out=runs/demo; n=1; while [ -e $$out ]; do n=$$((n + 1)); out=runs/demo-$$n; done; \
-	set -x; $(BIN)/emu-embodied plan --env PandaPush-v0 --checkpoint nano --seed 0 --out $$out
+	set -x; $(BIN)/emu-embodied plan --env PandaReach-v0 --checkpoint nano --seed 0 --out $$out
 
 test: $(VENV)/.installed-dev ## run all tests, two at a time; ARGS=tests/data for some
 	@scripts/setup_gl.sh $(BIN)/python

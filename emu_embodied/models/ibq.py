@@ -108,6 +108,14 @@ class IBQ(nn.Module):
         """Decoder: code vectors [B, h, w, D] -> pixels [B, C, H, W], about [-1, 1]."""
         return self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
 
+    def plain(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Reconstruct [B, C, H, W] without quantisation, from the directions of the encoder's outputs alone.
+
+        A code is chosen by direction, so an autoencoder that will be quantised should keep nothing in lengths.
+        """
+        vectors = self.vectors(pixels)
+        return self.paint(F.normalize(vectors, dim=-1) * math.sqrt(self.config.embed_dim))
+
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels [B, C, H, W] in [-1, 1] -> codes int64 [B, h, w], in chunks of bounded memory.
@@ -168,32 +176,21 @@ class IBQ(nn.Module):
     def initialise_codebook(self, vectors: torch.Tensor, generator: torch.Generator) -> None:
         """Start the codebook from what the encoder gives for real frames, so that every code is in reach.
 
-        The 1x1 convolution before the codebook is set to whiten its outputs, and codes become directions of whitened
-        outputs, found by k-means, at one norm: the largest dot product is then the nearest direction. Without this a
-        small codebook collapses to a few codes whose rows happen to be long. The 1x1 convolution after the codebook
-        takes the inverse, so the autoencoder without quantisation computes what it did before.
+        Codes become directions of encoder outputs, found by k-means, at one norm: the largest dot product is then the
+        nearest direction. A codebook that starts at random collapses to the few codes whose rows happen to be long. An
+        autoencoder that was trained by ``plain`` has put all it knows into directions, so little is lost.
 
         Args:
             vectors: outputs of ``vectors`` for a varied batch of frames, [..., D]; several times K of them.
             generator: seeds the k-means.
         """
-        z = vectors.reshape(-1, vectors.shape[-1]).double()
-        mean = z.mean(0)
-        spread, axes = torch.linalg.eigh(torch.cov(z.T).view(len(mean), len(mean)))
-        # Directions the encoder hardly uses are not blown up without bound.
-        deviation = spread.clamp_min(1e-4 * spread[-1]).clamp_min(1e-12).sqrt()
-        whiten = axes @ torch.diag(1 / deviation) @ axes.T
-        before, after = self.quant_conv, self.post_quant_conv
-        assert before.bias is not None and after.bias is not None
-        before.weight.copy_((whiten @ before.weight.double().flatten(1)).view_as(before.weight))
-        before.bias.copy_(whiten @ (before.bias.double() - mean))
-        weight = after.weight.double().flatten(1)
-        after.bias.copy_(after.bias.double() + weight @ mean)
-        after.weight.copy_((weight @ axes @ torch.diag(deviation) @ axes.T).view_as(after.weight))
-        z = ((z - mean) @ whiten).to(self.codebook.dtype)
-        directions = to_directions(z, generator)
-        codes = refine(far_apart(directions, self.config.n_embed, generator), directions)
-        self.codebook.copy_(codes * math.sqrt(self.config.embed_dim))
+        norm = math.sqrt(self.config.embed_dim)
+        scale = norm / vectors.norm(dim=-1).mean().clamp_min(1e-6)
+        assert self.quant_conv.bias is not None
+        self.quant_conv.weight.mul_(scale)
+        self.quant_conv.bias.mul_(scale)
+        directions = to_directions(vectors.to(self.codebook.dtype), generator)
+        self.codebook.copy_(refine(far_apart(directions, self.config.n_embed, generator), directions) * norm)
 
     @torch.no_grad()
     def revive(self, unused: torch.Tensor, vectors: torch.Tensor, generator: torch.Generator) -> int:

@@ -29,8 +29,6 @@ _REWRITTEN = (
     "quantize.embedding.weight",
     "quant_conv.weight",
     "quant_conv.bias",
-    "post_quant_conv.weight",
-    "post_quant_conv.bias",
 )
 """What ``IBQ.initialise_codebook`` sets by hand."""
 
@@ -193,7 +191,7 @@ class TokenizerTrainer(nn.Module):
         rewritten = self._tend_codebook(step, generator)
         pixels, moving = self._batch(generator)
         if step < config.warmup_plain:
-            painted = self.ibq.paint(self.ibq.vectors(pixels))
+            painted = self.ibq.plain(pixels)
             loss, logs = self._reconstruction(painted, pixels, moving)
             return LossOutput(loss, logs, len(pixels), guarded=False, rewritten=rewritten)
         output = self.ibq(pixels)
@@ -221,7 +219,7 @@ class TokenizerTrainer(nn.Module):
         if age:
             painted = self.ibq.decode(codes).clamp(-1, 1)
         else:
-            painted = torch.cat([self.ibq.paint(self.ibq.vectors(part)) for part in pixels.split(128)]).clamp(-1, 1)
+            painted = torch.cat([self.ibq.plain(part) for part in pixels.split(128)]).clamp(-1, 1)
         error = ((painted - pixels) * 0.5).square().mean(1)
         moving = held_out.moving(torch.arange(len(frames)), config.moving_threshold).to(error.device)
         figures = {"psnr": _psnr(error), "psnr_moving": _psnr(error[moving])}

@@ -18,7 +18,7 @@ from emu_embodied.policies.registry import PlanningBudget, PolicySpec
 from emu_embodied.records import Meta
 from tests.point_mass import PointMass, make_point_mass
 
-TRUE = PolicySpec(name="true", budget=PlanningBudget(samples=12, iterations=2, horizon=3))
+TRUE = PolicySpec(name="true", budget=PlanningBudget(samples=12, iterations=2, horizon=3, answer="best"))
 RANDOM = PolicySpec(name="random")
 
 

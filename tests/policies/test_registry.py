@@ -12,7 +12,7 @@ from emu_embodied.policies.episode import run_episode
 from emu_embodied.policies.registry import POLICIES, PlanningBudget, PolicySpec, check_fits, make_policy
 from tests.point_mass import PointMass, PointMassModel
 
-BUDGET = PlanningBudget(samples=16, iterations=2, horizon=3)
+BUDGET = PlanningBudget(samples=16, iterations=2, horizon=3, answer="best")
 
 
 @pytest.mark.parametrize("name", sorted(set(POLICIES) - {"scripted"}))

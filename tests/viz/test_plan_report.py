@@ -17,7 +17,7 @@ from emu_embodied.viz.report import write_plan_report
 from emu_embodied.viz.video import write_video
 from tests.point_mass import PointMass, PointMassModel
 
-BUDGET = PlanningBudget(samples=16, iterations=2, horizon=3)
+BUDGET = PlanningBudget(samples=16, iterations=2, horizon=3, answer="best")
 
 
 def planned(name: str = "imagined", drift: float = 0.02, seed: int = 1, **changes):

@@ -41,7 +41,7 @@ class TokenizerTraining:
         default_factory=lambda: LoopConfig(steps=6000, learning_rate=2e-3, ema_decay=0.99, schedule="wsd")
     )
     """Length, rate and device."""
-    batch: int = 32
+    batch: int = 16
     """Frames in a batch [frames]."""
     max_frames: int = 60_000
     """Frames kept in memory, drawn at random from the dataset; 60,000 of 64 px take 740 MB [frames]."""

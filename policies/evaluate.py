@@ -282,11 +282,12 @@ def read_results(path: Path) -> list[BenchRow]:
 
 def format_table(rows: Sequence[BenchRow]) -> str:
     """The rows as a Markdown table, columns aligned."""
-    header = ("environment", "policy", "episodes", "success", "95 % interval", "return", "s / decision")
+    header = ("environment", "policy", "by", "episodes", "success", "95 % interval", "return", "s / decision")
     cells = [header] + [
         (
             row.env,
             row.policy,
+            str(row.settings.get("objective", "")),
             str(row.episodes),
             f"{100 * row.success:.0f} %",
             f"{100 * row.ci95[0]:.0f} to {100 * row.ci95[1]:.0f} %",
@@ -296,7 +297,7 @@ def format_table(rows: Sequence[BenchRow]) -> str:
         for row in rows
     ]
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    left = 2  # names to the left, numbers to the right
+    left = 3  # names to the left, numbers to the right
 
     def line(texts: Sequence[str]) -> str:
         aligned = [

@@ -101,10 +101,11 @@ def test_results_survive_the_file(tmp_path):
 
 def test_table_reads_well():
     results = [EpisodeResult(seed, seed < 3, 10.0 + seed, 4, 2.0) for seed in range(4)]
-    table = format_table([summarise("PandaPush-v0", "imagined", results)]).splitlines()
+    row = summarise("PandaPush-v0", "imagined", results, {"objective": "goal"})
+    table = format_table([row]).splitlines()
     assert len({len(line) for line in table}) == 1
     assert table[-1].split("|")[1:-1] == [
-        " PandaPush-v0 ", " imagined ", "        4 ", "    75 % ", "    30 to 95 % ", "   11.5 ", "        0.500 ",
+        " PandaPush-v0 ", " imagined ", " goal ", "        4 ", "    75 % ", "    30 to 95 % ", "   11.5 ", "        0.500 ",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="at least one episode"):
         summarise("PandaPush-v0", "imagined", [])

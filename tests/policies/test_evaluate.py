@@ -105,7 +105,8 @@ def test_table_reads_well():
     table = format_table([row]).splitlines()
     assert len({len(line) for line in table}) == 1
     assert table[-1].split("|")[1:-1] == [
-        " PandaPush-v0 ", " imagined ", " goal ", "        4 ", "    75 % ", "    30 to 95 % ", "   11.5 ", "        0.500 ",
+        " PandaPush-v0 ", " imagined ", " goal ", "        4 ", "    75 % ", "    30 to 95 % ", "   11.5 ",
+        "        0.500 ",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="at least one episode"):
         summarise("PandaPush-v0", "imagined", [])

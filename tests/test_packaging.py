@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS: dict[str, str] = CONFIG["tool"]["setuptools"]["package-dir"]
 ROOMS = [folder for folder in FOLDERS.values() if folder != "emu_embodied"]
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", "*.tmp")
+LEFT_OUT = shutil.ignore_patterns("results", "__pycache__", "*.pyc", "*.tmp")
 
 
 def package_files(root: Path) -> dict[str, Path]:

@@ -172,10 +172,13 @@ def test_failing_worker_is_named_and_what_was_recorded_stays(tmp_path: Path, beh
 
 
 SCRIPT = """
+import signal
 from pathlib import Path
 from emu_embodied.data.collect import CollectConfig, collect
 from tests.data.fakes import DotSimulator, Seek
 if __name__ == "__main__":
+    # A shell that runs tests in the background makes its children ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     mixture = {{"expert": 1.0}}
     config = CollectConfig(env="Dot-v0", episodes=100000, out=Path({out!r}), workers=2, mixture=mixture)
     collect(config, DotSimulator, {{"expert": Seek}})

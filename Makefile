@@ -15,7 +15,7 @@ help: ## list the targets
 demo: $(VENV)/.installed ## plan a reach with the shipped model: video, plot and verdict in runs/
 	@scripts/setup_gl.sh $(BIN)/python
 	@out=runs/demo; n=1; while [ -e $$out ]; do n=$$((n + 1)); out=runs/demo-$$n; done; \
-	set -x; $(BIN)/emu-embodied plan --env PandaReach-v0 --checkpoint nano --seed 0 --out $$out
+	set -x; $(BIN)/emu-embodied plan --env PandaReach-v0 --checkpoint nano --seed 2 --out $$out
 
 test: $(VENV)/.installed-dev ## run all tests, two at a time; ARGS=tests/data for some
 	@scripts/setup_gl.sh $(BIN)/python

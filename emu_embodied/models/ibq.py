@@ -229,7 +229,7 @@ class IBQ(nn.Module):
             ValueError: naming the file that is missing, damaged, or of another model, before memory is spent.
         """
         folder = Path(folder)
-        config = _read_config(folder)
+        config = read_ibq_config(folder)
         with torch.device("meta"):
             model = cls(config)
         if (folder / "model.safetensors").is_file() or not (folder / "model.ckpt").is_file():
@@ -289,8 +289,21 @@ _NAMES = {"codebook_size": "n_embed", "out_channels": "out_ch"}
 """Names in the official safetensors folder's config.json -> ours."""
 
 
-def _read_config(folder: Path) -> IBQConfig:
-    """A tokenizer's shape from config.json (ours or the official one) or the official config.yaml."""
+def is_ibq_folder(folder: Path) -> bool:
+    """Whether a folder holds the configuration of a vision tokenizer."""
+    try:
+        read_ibq_config(folder)
+    except ValueError:
+        return False
+    return True
+
+
+def read_ibq_config(folder: Path) -> IBQConfig:
+    """A tokenizer's shape from config.json (ours or the official one) or the official config.yaml.
+
+    Raises:
+        ValueError: naming the file that is missing, damaged, or of another model.
+    """
     if (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
         path = folder / "config.json"
         content = read_config(folder)

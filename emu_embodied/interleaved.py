@@ -1,0 +1,230 @@
+"""Emu3.5's own generation: a question and images in, text and images out, streamed as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Event as Signal
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from emu_embodied.decode.events import Event, Finished, ImageDone, ImageStarted, Note, TextChunk
+from emu_embodied.decode.settings import GenerationSettings
+from emu_embodied.models.checkpoints import read_config
+from emu_embodied.models.config import EmuConfig
+from emu_embodied.models.ibq import IBQ, is_ibq_folder, read_ibq_config, to_frames, to_pixels
+from emu_embodied.models.transformer import EmuForCausalLM
+from emu_embodied.tokens.image_block import Markup, block_length, resized
+from emu_embodied.tokens.templates import IMAGE, prompts
+from emu_embodied.tokens.text import TextTokenizer
+
+__all__ = [
+    "Event",
+    "Finished",
+    "GenerationRequest",
+    "GenerationSettings",
+    "ImageDone",
+    "ImageStarted",
+    "InterleavedModel",
+    "Note",
+    "TextChunk",
+]
+
+Stop = Callable[[], bool] | Signal
+"""A stop button: asked before every token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class GenerationRequest:
+    """One question to the model.
+
+    Raises:
+        ValueError: for an unknown task, an empty prompt, or an image that is not uint8 [height, width, 3].
+    """
+
+    task: str
+    """One of ``emu_embodied.tokens.templates.TASKS``."""
+    prompt: str
+    """What to generate."""
+    images: tuple[np.ndarray, ...] = ()
+    """Given images, uint8 [height, width, 3]; the official model knows up to three."""
+    steps: int | None = None
+    """Steps that the answer should have; None lets the model choose."""
+    arm: str = "Franka Emika Panda"
+    """The robot's name, for the ``subtasks`` task only."""
+    settings: GenerationSettings | None = field(default=None)
+    """How to draw; None takes the official numbers of the task."""
+
+    def __post_init__(self) -> None:
+        prompts(self.task, self.prompt, images=len(self.images), steps=self.steps, arm=self.arm)
+        for image in self.images:
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise ValueError(
+                    f"an image of {image.dtype} {image.shape}: expected uint8 [height, width, 3], red green blue"
+                )
+
+    @property
+    def resolved(self) -> GenerationSettings:
+        """The settings, or those of the task."""
+        return self.settings or GenerationSettings.for_task(self.task)
+
+
+class InterleavedModel:
+    """A backbone with its text and vision tokenizers.
+
+    Args:
+        backbone: the transformer; put into evaluation mode.
+        text: the text tokenizer.
+        vision: the vision tokenizer; put into evaluation mode.
+
+    Raises:
+        ValueError: if the backbone's vocabulary does not hold all ids of the tokenizers.
+    """
+
+    def __init__(self, backbone: EmuForCausalLM, text: TextTokenizer, vision: IBQ) -> None:
+        check_fit(backbone.config.vocab_size, text, vision.config.n_embed)
+        self.backbone = backbone.eval()
+        self.text = text
+        self.vision = vision.eval().requires_grad_(False)
+        self.markup = Markup.of(text, vision.config.n_embed)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        vision: str | Path | None = None,
+        text: str | Path | None = None,
+        device: torch.device | str = "cpu",
+        **backbone: Any,
+    ) -> InterleavedModel:
+        """Read an official folder (``config.json``, safetensors, ``emu3.tiktoken``) and its vision tokenizer.
+
+        Args:
+            folder: of the backbone; or one whose subfolders hold the backbone and the tokenizers.
+            vision: folder of the vision tokenizer; None searches ``folder``, its subfolders and the folders beside it.
+            text: folder of ``emu3.tiktoken``; None searches likewise.
+            device: where to compute; with ``device_map`` only the vision tokenizer goes there.
+            **backbone: to ``EmuForCausalLM.from_pretrained`` (``dtype``, ``device_map``, ``quantization_config`` ...).
+
+        Raises:
+            ValueError: naming what is missing, damaged or does not fit, before any weights are read.
+        """
+        model = _find("the backbone (config.json of model_type 'Emu3')", Path(folder), _is_backbone, beside=False)
+        text_folder = Path(text) if text else _find(f"the text tokenizer ({TextTokenizer.FILE})", model, _is_text)
+        vision_folder = (
+            Path(vision)
+            if vision
+            else _find("the vision tokenizer (config.yaml + model.ckpt, or its safetensors)", model, is_ibq_folder)
+        )
+        tokenizer = TextTokenizer.from_pretrained(text_folder)
+        vocabulary = EmuConfig(**read_config(model)).vocab_size
+        check_fit(vocabulary, tokenizer, read_ibq_config(vision_folder).n_embed)
+        loaded = EmuForCausalLM.from_pretrained(model, **{"dtype": "auto", **backbone})
+        if not {"device_map", "quantization_config"} & backbone.keys():
+            loaded = loaded.to(device)
+        return cls(loaded, tokenizer, IBQ.from_pretrained(vision_folder, device))
+
+    @property
+    def cell(self) -> int:
+        """Side of one code's cell [pixels]."""
+        return self.vision.config.cell
+
+    def encode_image(self, image: np.ndarray, area: int) -> torch.Tensor:
+        """uint8 [height, width, 3] -> codes int64 [h, w] on the CPU, brought to about ``area`` pixels, bicubic.
+
+        Raises:
+            ValueError: if the image is smaller than a cell.
+        """
+        rows, columns = resized(image.shape[0], image.shape[1], area, self.cell)
+        brought = Image.fromarray(image).resize((columns * self.cell, rows * self.cell), Image.Resampling.BICUBIC)
+        frame = torch.from_numpy(np.array(brought)).to(self.vision.codebook.device)
+        return self.vision.encode(to_pixels(frame[None]))[0].cpu()
+
+    def decode_image(self, codes: torch.Tensor) -> np.ndarray:
+        """Codes int64 [h, w] -> uint8 [height, width, 3]."""
+        return to_frames(self.vision.decode(codes[None].to(self.vision.codebook.device)))[0].cpu().numpy()
+
+    def stream(
+        self, request: GenerationRequest, generator: torch.Generator | None = None, stop: Stop | None = None
+    ) -> Iterator[Event]:
+        """Answer a request, event by event; the last event is ``Finished``.
+
+        Args:
+            request: the question.
+            generator: draws the tokens; needed unless the settings are greedy.
+            stop: asked before every token; when it says so the stream ends with what is complete.
+
+        Raises:
+            ValueError: on the call, before anything is computed: an image smaller than a cell, a size that
+                ``max_new_tokens`` has no room for, or a missing generator.
+        """
+        settings = request.resolved
+        if generator is None and not settings.greedy:
+            raise ValueError("sampling needs a seeded torch.Generator: give one, or set greedy in the settings")
+        for image in request.images:
+            resized(image.shape[0], image.shape[1], settings.image_area, self.cell)
+        if settings.size is not None and block_length(settings.size) > settings.max_new_tokens:
+            raise ValueError(
+                f"an image of {settings.size[0]} x {settings.size[1]} cells is {block_length(settings.size)} tokens, but "
+                f"max_new_tokens is {settings.max_new_tokens}: raise it or choose a smaller size"
+            )
+        return self._stream(request, settings, generator, stop)
+
+
+def check_fit(vocabulary: int, text: TextTokenizer, codebook: int) -> None:
+    """Check that a backbone of ``vocabulary`` ids knows all tokens.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    needed = text.first_visual + codebook
+    if vocabulary < needed:
+        raise ValueError(
+            f"the weights know {vocabulary} token ids, but the text tokenizer has {text.first_visual} and the vision "
+            f"tokenizer {codebook} codes, {needed} together: these are not of one model"
+        )
+
+
+def _is_backbone(folder: Path) -> bool:
+    try:
+        return read_config(folder).get("model_type") == EmuConfig.model_type
+    except ValueError:
+        return False
+
+
+def _is_text(folder: Path) -> bool:
+    return (folder / TextTokenizer.FILE).is_file()
+
+
+def _find(what: str, folder: Path, accept: Callable[[Path], bool], beside: bool = True) -> Path:
+    """The one folder that ``accept`` accepts: ``folder``, else one of its subfolders, else one of those beside it.
+
+    Raises:
+        ValueError: if there is none or there are several, saying where was looked.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give the folder of an Emu3.5 checkpoint")
+    places = {"in": [folder], "in the subfolders of": _subfolders(folder)}
+    if beside:
+        places["beside"] = _subfolders(folder.resolve().parent)
+    for where, candidates in places.items():
+        found = [candidate for candidate in candidates if accept(candidate)]
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise ValueError(f"{what} is not clear: {where} {folder} there are {names}; name the one to use")
+        if found:
+            return found[0]
+    looked = ", ".join(f"{where} {folder}" for where in places)
+    raise ValueError(f"{what} was not found; looked {looked}. Put it there or name its folder")
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError:
+        return []

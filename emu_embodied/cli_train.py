@@ -10,6 +10,7 @@ from tyro.conf import arg, subcommand
 
 if TYPE_CHECKING:
     from emu_embodied.train.loop import LoopConfig, LoopResult
+    from emu_embodied.train.pretrain import WorldTraining
 
 Device = Annotated[str, arg(metavar="{auto,cpu,cuda,cuda:N}")]
 
@@ -82,7 +83,26 @@ class TrainTokenizer(_Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainWorld(_Stage):
+class _WorldStage(_Stage):
+    """Flags that the stages of the transformer share."""
+
+    subgoal_share: float | None = None
+    """Share of a batch's windows from which subtasks and their keyframes are learned; 0 leaves them out."""
+
+    def _training(self) -> WorldTraining:
+        from emu_embodied.train.pretrain import WorldTraining
+
+        default = WorldTraining()
+        return replace(
+            default,
+            loop=self._loop(default.loop),
+            batch=default.batch if self.batch is None else self.batch,
+            subgoal_share=default.subgoal_share if self.subgoal_share is None else self.subgoal_share,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainWorld(_WorldStage):
     """Stage 2: the transformer, by next token over interleaved instruction, states and actions."""
 
     tokenizer: Path | None = None
@@ -91,18 +111,17 @@ class TrainWorld(_Stage):
     def run(self) -> int:
         """Train."""
         from emu_embodied.data.episodes import EpisodeStore
+        from emu_embodied.envs.subtasks import subtasks
         from emu_embodied.presets import preset
         from emu_embodied.tokens.frames import IBQFrameTokenizer
-        from emu_embodied.train.pretrain import WorldTraining, train_world
+        from emu_embodied.train.pretrain import train_world
 
         row = preset(self.preset)
         store = EpisodeStore.open(self.data)
         folder = self._tokenizer_folder()
         print(f"tokenizer: {folder}")
-        config = WorldTraining()
-        config = replace(config, loop=self._loop(config.loop), batch=config.batch if self.batch is None else self.batch)
         frames = IBQFrameTokenizer.from_pretrained(folder)
-        result = train_world(store, row, frames, config, self.out, resume=self.resume)
+        result = train_world(store, row, frames, self._training(), self.out, resume=self.resume, subtasks=subtasks)
         return self._report(result, f"world model in {self.out}; next: emu-embodied train dida --out {self.out}")
 
     def _tokenizer_folder(self) -> Path:
@@ -120,31 +139,41 @@ class TrainWorld(_Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainDida(_Stage):
+class TrainDida(_WorldStage):
     """Stage 3: discrete diffusion adaptation, after which a state is predicted in parallel."""
 
     init: str | None = None
-    """Checkpoint to adapt: a folder or a shipped name; by default the one in --out, else the shipped one."""
+    """Checkpoint to adapt: a folder or a shipped name; by default the one in --out, else the shipped one. One that is
+    adapted already can be adapted further into a new --out, with the same or other noise."""
+    path: str | None = None
+    """Noise processes, comma-separated: uniform, metric, state_coupled, mask. Each noisy copy of a state draws one; the
+    model then decodes with the first. By default those that the checkpoint was adapted with, else uniform."""
 
     def run(self) -> int:
         """Train."""
         from emu_embodied.data.episodes import EpisodeStore
+        from emu_embodied.decode.paths import known_path
+        from emu_embodied.envs.subtasks import subtasks
         from emu_embodied.presets import preset
         from emu_embodied.train.adapt import train_dida
-        from emu_embodied.train.pretrain import WorldTraining
+        from emu_embodied.train.pretrain import inherit_meta
+        from emu_embodied.world_config import checkpoint_folder
         from emu_embodied.world_model import WorldModel
 
         preset(self.preset)
+        asked = tuple(known_path(name.strip()) for name in self.path.split(",")) if self.path is not None else ()
         store = EpisodeStore.open(self.data)
         inside = (self.out / "world.json").exists()
         if self.init is not None and inside and not self.resume and Path(self.init).resolve() != self.out.resolve():
             raise ValueError(f"{self.out} holds a world model already, --init names another: give another --out")
         source = self.init or (str(self.out) if inside else self.preset)
-        print(f"adapting: {source}")
         world = WorldModel.from_pretrained(source)
-        config = WorldTraining()
-        config = replace(config, loop=self._loop(config.loop), batch=config.batch if self.batch is None else self.batch)
-        result = train_dida(store, world, config, self.out, resume=self.resume)
+        paths = asked or world.config.paths or ("uniform",)
+        print(f"adapting: {source}, noise: {', '.join(paths)}")
+        inherit_meta(checkpoint_folder(source), self.out)
+        result = train_dida(
+            store, world, self._training(), self.out, resume=self.resume, paths=paths, subtasks=subtasks
+        )
         return self._report(
             result, f"adapted world model in {self.out}; next: emu-embodied plan --checkpoint {self.out}"
         )

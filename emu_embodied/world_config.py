@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from emu_embodied.decode.paths import PATHS
+from emu_embodied.decode.paths import known_path
 from emu_embodied.models.checkpoints import read_config
 from emu_embodied.records import Field
 from emu_embodied.tokens.sequence import SequenceLayout
@@ -53,7 +53,10 @@ class WorldModelConfig:
     max_states: int
     """States in a training window [states]."""
     paths: tuple[str, ...] = ()
-    """Noise processes that the weights were adapted with (DiDA); none: next-token decoding only."""
+    """Noise processes that the weights were adapted with (DiDA), the first is decoded with; none: next-token decoding
+    only."""
+    subgoals: int = 0
+    """Subtasks in a window of the planner's role that the weights were trained on [subtasks]; 0: they know none."""
     decoding: Literal["autoregressive", "dida"] = "autoregressive"
     """Decoder used unless another is asked for."""
     passes: int = 1
@@ -76,8 +79,9 @@ class WorldModelConfig:
             raise ValueError("a world model reads at least one camera and one proprio field")
         if self.decoding not in ("autoregressive", "dida"):
             raise ValueError(f"decoding is {self.decoding!r}, choose autoregressive or dida")
-        if unknown := [name for name in self.paths if name not in PATHS]:
-            raise ValueError(f"unknown noise process {unknown[0]!r}; known: {', '.join(PATHS)}")
+        for name in self.paths:
+            known_path(name)
+        _check_count("subgoals", self.subgoals, 0)
         if not self.temperature >= 0:
             raise ValueError(f"temperature is {self.temperature}, it has to be at least 0")
 

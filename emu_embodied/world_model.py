@@ -16,7 +16,7 @@ from transformers.utils import logging
 from emu_embodied.decode.autoregressive import SequentialDecoder
 from emu_embodied.decode.dida import DecodedState, ParallelDecoder, StateDecoder
 from emu_embodied.decode.grammar import StateLogits, expected_bin
-from emu_embodied.decode.paths import PATHS
+from emu_embodied.decode.paths import StatePath, known_path, make_path
 from emu_embodied.files import write_json
 from emu_embodied.models.cache import KVCache
 from emu_embodied.models.ibq import IBQ
@@ -24,6 +24,7 @@ from emu_embodied.models.transformer import EmuForCausalLM
 from emu_embodied.records import Belief, Frames, Imagination, Observation
 from emu_embodied.tokens.actions import ActionTokenizer
 from emu_embodied.tokens.frames import IBQFrameTokenizer
+from emu_embodied.tokens.sequence import StateTokens
 from emu_embodied.tokens.states import ProprioTokenizer, RewardTokenizer
 from emu_embodied.tokens.text import ByteTokenizer
 from emu_embodied.world_config import WorldModelConfig, checkpoint_folder
@@ -95,13 +96,46 @@ class WorldModel:
             return SequentialDecoder(self.backbone, self.layout, config.temperature)
         if not config.paths:
             raise ValueError("these weights were trained by next token only; run `emu-embodied train dida` first")
-        return ParallelDecoder(self.backbone, self.layout, PATHS[config.paths[0]], config.passes, config.temperature)
+        path = self.path(config.paths[0])
+        return ParallelDecoder(self.backbone, self.layout, path, config.passes, config.temperature)
+
+    def path(self, name: str) -> StatePath:
+        """A noise process over this model's codes and proprio bins.
+
+        Raises:
+            ValueError: if there is none of that name (with the nearest).
+        """
+        return make_path(known_path(name), self.frames.ibq.codebook, self.config.state_bins)
 
     def with_decoding(
-        self, decoding: Literal["autoregressive", "dida"], *, passes: int = 1, temperature: float = 0.0
+        self,
+        decoding: Literal["autoregressive", "dida"],
+        *,
+        path: str | None = None,
+        passes: int = 1,
+        temperature: float = 0.0,
     ) -> WorldModel:
-        """The same weights behind another decoder."""
-        config = replace(self.config, decoding=decoding, passes=passes, temperature=temperature)
+        """The same weights behind another decoder.
+
+        Args:
+            decoding: token by token, or in parallel.
+            path: noise process of parallel decoding, one of those the weights were adapted with; the first of them if
+                left out.
+            passes: of parallel decoding.
+            temperature: of sampling; 0 takes the most likely token.
+
+        Raises:
+            ValueError: if the weights were not adapted with ``path``.
+        """
+        paths = self.config.paths
+        if path is not None:
+            if known_path(path) not in paths:
+                adapted = f"adapted with {', '.join(paths)}" if paths else "never adapted"
+                raise ValueError(
+                    f"these weights were {adapted}, not with {path!r}: run `emu-embodied train dida --path {path}`"
+                )
+            paths = (path, *(name for name in paths if name != path))
+        config = replace(self.config, decoding=decoding, paths=paths, passes=passes, temperature=temperature)
         return WorldModel(config, self.backbone, self.frames)
 
     # -- observe -----------------------------------------------------------------------------------------------------
@@ -189,9 +223,11 @@ class WorldModel:
         decoded: list[DecodedState] = []
         num_states = len(belief.history)
         cache = self._branches(num_plans, belief.cache)
+        current = StateTokens(belief.tokens_N, self.proprio.encode(belief.proprio_P)).expand(num_plans)
         pending, condition = self._act(actions_SHKA[:, 0])
         for h in range(horizon):
-            decoded.append(self.decoder.decode(cache, pending, condition, generator))
+            decoded.append(self.decoder.decode(cache, pending, condition, current, generator))
+            current = StateTokens(decoded[-1].codes_SN, decoded[-1].proprio_SP)
             num_states += 1
             _check_finite(decoded[-1].logits, h)
             if h + 1 == horizon:

@@ -265,8 +265,15 @@ def test_stages_follow_each_other_in_one_folder(toy, capsys):
     assert WorldModelConfig.load(toy / "out" / "world.json").paths == ("uniform",)
     meta = json.loads((toy / "out" / "meta.json").read_text())
     assert meta["dida"]["command"] and meta["dida"]["extra"]["steps"] == 2
+    further = stage(toy, "dida", "--init", toy / "out", "--path", "mask,uniform")
+    further[further.index("--out") + 1] = str(toy / "further")
+    assert main(further) == 0
+    assert WorldModelConfig.load(toy / "further" / "world.json").paths == ("mask", "uniform")
+    assert {"world", "dida before", "dida"} <= json.loads((toy / "further" / "meta.json").read_text()).keys()
+    assert main([*further[:-4], "--resume"]) == 0  # goes on with its own paths
     # What is there is neither overwritten nor mixed with something else.
     capsys.readouterr()
+    assert "did you mean 'metric'" in refusal(capsys, *stage(toy, "dida", "--path", "metrics"))
     for arguments, message in (
         (stage(toy, "world", "--preset", "toy"), "pass --resume"),
         (stage(toy, "dida"), "pass --resume"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from emu_embodied import world_config
 from emu_embodied.decode.grammar import state_logits
-from emu_embodied.decode.paths import UniformPath
+from emu_embodied.decode.paths import PATHS, UniformPath
 from emu_embodied.models.cache import KVCache
 from emu_embodied.models.masks import causal_then_parallel
 from emu_embodied.protocols import WorldModel as WorldModelProtocol
@@ -173,23 +173,23 @@ class Spy:
     def __init__(self, decoder):
         self.decoder, self.calls = decoder, []
 
-    def decode(self, cache, pending, condition, draws):
+    def decode(self, cache, pending, condition, current, draws):
         start = cache.total_length
-        self.calls.append((start, pending.shape[1], self.decoder.decode(cache, pending, condition, draws)))
+        self.calls.append((start, pending.shape[1], self.decoder.decode(cache, pending, condition, current, draws)))
         return self.calls[-1][-1]
 
 
 class SilentPath(UniformPath):
     """Noise without chance."""
 
-    def source(self, shape, size, generator):
-        return torch.arange(shape[-1])[None] % size
+    def source(self, current_SN, generator):
+        return torch.arange(current_SN.shape[-1]).expand_as(current_SN) % self.size
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("decoding", ["dida", "autoregressive"])
 def test_beyond_the_window_imagination_goes_on_from_its_own_latest_states(decoding, monkeypatch):
-    monkeypatch.setitem(world_config.PATHS, "uniform", SilentPath())
+    monkeypatch.setitem(PATHS, "uniform", SilentPath)
     world = tiny.make_world(decoding=decoding)
     layout, backbone = world.layout, world.backbone
     spy = Spy(world.decoder)
@@ -225,6 +225,42 @@ def test_beyond_the_window_imagination_goes_on_from_its_own_latest_states(decodi
         torch.testing.assert_close(found.logits.reward, logits.reward, atol=2e-5, rtol=1e-4)
 
 
+def test_the_path_asked_for_decodes_from_the_state_before():
+    world = tiny.make_world(paths=("uniform", "state_coupled", "mask"))
+    belief, actions = world.observe(SEEN[:1]), tiny.plans(2, 3)
+    found = {}
+    for name in world.config.paths:
+        other = world.with_decoding("dida", path=name)
+        assert other.config.paths[0] == name and set(other.config.paths) == set(world.config.paths)
+        found[name] = other.imagine(belief, actions, generator())
+    assert_same(found["uniform"], world.imagine(belief, actions, generator()))
+    assert not torch.equal(found["uniform"].tokens_SHN, found["mask"].tokens_SHN)
+    # A coupled source is no chance; the state that was observed, and then each imagined one, is read.
+    coupled = world.with_decoding("dida", path="state_coupled")
+    assert_same(coupled.imagine(belief, actions, generator(7)), found["state_coupled"])
+    sources = []
+    decoder = coupled.decoder
+    object.__setattr__(decoder, "path", replace(decoder.path, frame=Noted(decoder.path.frame, sources)))
+    coupled.imagine(belief, actions, generator())
+    assert torch.equal(sources[0], belief.tokens_N.expand(2, -1))
+    for h in (1, 2):
+        assert torch.equal(sources[h], found["state_coupled"].tokens_SHN[:, h - 1])
+
+
+class Noted:
+    """Keeps what states decoding started from."""
+
+    def __init__(self, path, sources):
+        self.path, self.sources = path, sources
+
+    def source(self, current_SN, draws):
+        self.sources.append(current_SN)
+        return self.path.source(current_SN, draws)
+
+    def step(self, *arguments):
+        return self.path.step(*arguments)
+
+
 def test_decoders_are_exchangeable_on_one_set_of_weights(fresh):
     belief, actions = fresh.observe(SEEN[:1]), tiny.plans(2, 2)
     other = fresh.with_decoding("autoregressive")
@@ -234,6 +270,10 @@ def test_decoders_are_exchangeable_on_one_set_of_weights(fresh):
     )
     refined = fresh.with_decoding("dida", passes=3, temperature=1.0)
     assert refined.imagine(belief, actions, generator()).tokens_SHN.shape == (2, 2, 8)
+    with pytest.raises(ValueError, match="were adapted with uniform, not with 'mask': run"):
+        fresh.with_decoding("dida", path="mask")
+    with pytest.raises(ValueError, match="did you mean 'metric'"):
+        fresh.with_decoding("dida", path="metrics")
     raw = tiny.make_world(paths=(), decoding="autoregressive")
     with pytest.raises(ValueError, match="train dida"):
         raw.with_decoding("dida").imagine(raw.observe(SEEN[:1]), actions, generator())

@@ -11,7 +11,7 @@ from emu_embodied.decode.grammar import StateLogits
 from emu_embodied.decode.sampling import sample
 from emu_embodied.models.cache import KVCache
 from emu_embodied.models.transformer import EmuForCausalLM
-from emu_embodied.tokens.sequence import SequenceLayout
+from emu_embodied.tokens.sequence import SequenceLayout, StateTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,12 @@ class SequentialDecoder:
     temperature: float = 0.0
 
     def decode(
-        self, cache: KVCache, pending_SLD: torch.Tensor, condition_SD: torch.Tensor, generator: torch.Generator | None
+        self,
+        cache: KVCache,
+        pending_SLD: torch.Tensor,
+        condition_SD: torch.Tensor,
+        current: StateTokens,
+        generator: torch.Generator | None,
     ) -> DecodedState:
         """See ``StateDecoder.decode``."""
         layout = self.layout

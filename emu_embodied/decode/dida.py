@@ -8,12 +8,12 @@ from typing import Protocol
 import torch
 
 from emu_embodied.decode.grammar import StateLogits, state_logits
-from emu_embodied.decode.paths import Path
+from emu_embodied.decode.paths import StatePath
 from emu_embodied.decode.sampling import sample
 from emu_embodied.models.cache import KVCache
 from emu_embodied.models.masks import causal_then_parallel
 from emu_embodied.models.transformer import EmuForCausalLM
-from emu_embodied.tokens.sequence import SequenceLayout
+from emu_embodied.tokens.sequence import SequenceLayout, StateTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,12 @@ class StateDecoder(Protocol):
     """Decodes the next state behind a cache."""
 
     def decode(
-        self, cache: KVCache, pending_SLD: torch.Tensor, condition_SD: torch.Tensor, generator: torch.Generator | None
+        self,
+        cache: KVCache,
+        pending_SLD: torch.Tensor,
+        condition_SD: torch.Tensor,
+        current: StateTokens,
+        generator: torch.Generator | None,
     ) -> DecodedState:
         """Predict the next state.
 
@@ -46,6 +51,7 @@ class StateDecoder(Protocol):
             cache: everything before ``pending_SLD``; grows by it.
             pending_SLD: embeddings [S, L, D] that come first: the last state, if it is not cached, and the action's.
             condition_SD: the action block's continuous embedding, added to every token of the state.
+            current: the state before, [S, N] codes and [S, P] bins.
             generator: for noise and sampling.
         """
         ...
@@ -61,7 +67,7 @@ class ParallelDecoder:
 
     backbone: EmuForCausalLM
     layout: SequenceLayout
-    path: Path
+    path: StatePath
     passes: int = 1
     temperature: float = 0.0
 
@@ -70,37 +76,39 @@ class ParallelDecoder:
             raise ValueError(f"passes must be >= 1, got {self.passes}")
 
     def decode(
-        self, cache: KVCache, pending_SLD: torch.Tensor, condition_SD: torch.Tensor, generator: torch.Generator | None
+        self,
+        cache: KVCache,
+        pending_SLD: torch.Tensor,
+        condition_SD: torch.Tensor,
+        current: StateTokens,
+        generator: torch.Generator | None,
     ) -> DecodedState:
         """See ``StateDecoder.decode``."""
-        layout, path, v = self.layout, self.path, self.layout.vocabulary
-        num_plans, device = condition_SD.shape[0], condition_SD.device
+        layout, device = self.layout, condition_SD.device
         # Common random numbers: all candidates start from one draw of noise, their costs differ by actions alone.
-        codes = path.source((1, len(layout.frame_slots)), v.vision.size, generator).to(device).expand(num_plans, -1)
-        proprio = path.source((1, layout.num_proprio), v.state.size, generator).to(device).expand(num_plans, -1)
+        tokens = self.path.source(current, generator)
         for i in range(self.passes):
             t, t_next = i / self.passes, (i + 1) / self.passes
-            state = self._embed(codes, proprio, condition_SD)
+            state = self._embed(tokens, condition_SD)
             clean = pending_SLD.shape[1] if i == 0 else 0
-            tokens = torch.cat([pending_SLD, state], 1) if clean else state
+            embeds = torch.cat([pending_SLD, state], 1) if clean else state
             start = cache.total_length
             hidden = self.backbone.core(
-                tokens,
-                torch.arange(start, start + tokens.shape[1], device=device),
+                embeds,
+                torch.arange(start, start + embeds.shape[1], device=device),
                 mask=causal_then_parallel(clean, layout.state_tokens).to(device),
                 cache=cache,
                 keep=clean,
+                first=clean,
             )
-            logits = state_logits(self.backbone, layout, hidden[:, clean:])
-            codes = path.step(
-                codes, sample(logits.frame, self.temperature, generator), v.vision.size, t, t_next, generator
+            logits = state_logits(self.backbone, layout, hidden)
+            predicted = StateTokens(
+                sample(logits.frame, self.temperature, generator), sample(logits.proprio, self.temperature, generator)
             )
-            proprio = path.step(
-                proprio, sample(logits.proprio, self.temperature, generator), v.state.size, t, t_next, generator
-            )
-        return DecodedState(codes, proprio, logits, self._embed(codes, proprio, condition_SD))
+            tokens = self.path.step(tokens, predicted, t, t_next, generator)
+        return DecodedState(tokens.codes, tokens.proprio, logits, self._embed(tokens, condition_SD))
 
-    def _embed(self, codes: torch.Tensor, proprio: torch.Tensor, condition_SD: torch.Tensor) -> torch.Tensor:
-        ids = self.layout.state_ids(codes, proprio)
+    def _embed(self, tokens: StateTokens, condition_SD: torch.Tensor) -> torch.Tensor:
+        ids = self.layout.state_ids(tokens.codes, tokens.proprio)
         embeds: torch.Tensor = self.backbone.embed(ids) + condition_SD[:, None]
         return embeds

@@ -12,58 +12,85 @@ import torch
 
 from emu_embodied.data.batches import encode_dataset
 from emu_embodied.data.episodes import EpisodeStore
+from emu_embodied.data.subgoals import Subtasks
 from emu_embodied.hardware import pick_device
 from emu_embodied.train.evaluation import Judge
 from emu_embodied.train.loop import LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import state_loss
-from emu_embodied.train.noise import noisy_logits, sample_times
+from emu_embodied.train.noise import draw_copies, noisy_logits, sample_times
 from emu_embodied.train.pretrain import WorldTraining, prepare_data, write_training_meta
+from emu_embodied.train.subgoals import SubgoalTraining
 from emu_embodied.train.windows import action_loss, window_tokens
 from emu_embodied.world_config import WorldModelConfig
 from emu_embodied.world_model import WorldModel
 
 
 def train_dida(
-    store: EpisodeStore, world: WorldModel, config: WorldTraining, out: Path, *, resume: bool, path: str = "uniform"
+    store: EpisodeStore,
+    world: WorldModel,
+    config: WorldTraining,
+    out: Path,
+    *,
+    resume: bool,
+    paths: tuple[str, ...] = ("uniform",),
+    subtasks: Subtasks | None = None,
 ) -> LoopResult:
-    """Adapt a next-token world model and keep the result in ``out``.
+    """Adapt a world model and keep the result in ``out``.
 
-    ``out`` may hold the next-token model itself, which is then replaced by what it becomes.
+    ``out`` may hold the next-token model itself, which is then replaced by what it becomes. A model that is adapted
+    already can be adapted further, with other paths or data, into another folder.
+
+    Args:
+        store: recorded like the model's own data.
+        world: to start from.
+        config: how.
+        out: checkpoint folder.
+        resume: go on with a run that was stopped in ``out``.
+        paths: noise processes; every noisy copy draws one of them, and the model will decode with the first.
+        subtasks: what the phases of an instruction are called; without it nothing is learned of subgoals.
 
     Raises:
-        ValueError: if ``out`` holds an adapted model and ``resume`` is off, or the dataset was recorded with other
-            blocks, cameras or environments than the model's.
+        ValueError: if ``out`` holds an adapted model and ``resume`` is off, a path is unknown or named twice, or the
+            dataset was recorded with other blocks, cameras or environments than the model's.
         TrainingFailed: on NaN or divergence.
     """
     check_same_recording(store, world)
+    if len(set(paths)) < len(paths) or not paths:
+        raise ValueError(f"paths are {', '.join(paths) or 'none'}: name at least one, and each once")
+    noises = [world.path(name) for name in paths]
     held = out / "world.json"
     if held.exists() and not resume and WorldModelConfig.load(held).paths:
         raise ValueError(f"{out} holds an adapted world model: pass --resume to continue it, or another --out")
     world.frames.ibq.to(pick_device(config.loop.device))
     tokens = encode_dataset(store, world.frames, world.config.cameras, out / "tokens.safetensors")
     data = prepare_data(world, tokens, config.held_out)
-    adapted = WorldModel(replace(world.config, paths=(path,), decoding="dida"), world.backbone, world.frames)
+    adapted = WorldModel(replace(world.config, paths=paths, decoding="dida"), world.backbone, world.frames)
+    subgoals = SubgoalTraining(adapted, data, config, subtasks)
+    adapted.config = replace(adapted.config, subgoals=subgoals.steps or world.config.subgoals)
     backbone = adapted.backbone.requires_grad_(True)
+    windows = config.batch - subgoals.windows
     states = world.config.max_states
 
     def loss_fn(step: int, generator: torch.Generator) -> LossOutput:
-        batch = data.train.sample(config.batch, states, data.text_train_EL, generator).to(adapted.device)
+        batch = data.train.sample(windows, states, data.text_train_EL, generator).to(adapted.device)
         window = window_tokens(adapted, batch, config.context_noise, generator)
-        shape = (config.batch, states - 1)
+        shape = (windows, states - 1)
         times = sample_times(shape, config.noise_shift, config.source_share, generator)
-        views = noisy_logits(adapted, window, times, generator, path)
+        views = noisy_logits(adapted, window, draw_copies(noises, window, times, generator))
         noisy, logs = state_loss(views.noisy, window.targets, config.weights)
         clean, clean_logs = state_loss(views.clean, window.targets, config.weights)
         imitation = action_loss(backbone, adapted.layout, views.hidden_BLD, window, batch.imitate_B)
         logs |= {f"clean/{name}": value for name, value in clean_logs.items()}
         copies = times.numel() * adapted.layout.state_tokens
         loss = noisy + clean + config.weights.action * imitation
-        return LossOutput(loss, {**logs, "action": imitation.detach()}, window.embeds_BLD[..., 0].numel() + copies)
+        items = window.embeds_BLD[..., 0].numel() + copies
+        output = LossOutput(loss, {**logs, "action": imitation.detach()}, items)
+        return subgoals.mix(output, generator, noises)
 
     def save(step: int) -> None:
         adapted.save_pretrained(out)
 
-    judge = Judge(adapted, data, config)
+    judge = Judge(adapted, data, config, subgoals)
     result = run_loop(
         config.loop,
         backbone,
@@ -74,8 +101,9 @@ def train_dida(
         describe={
             "data": store.data_hash,
             "backbone": backbone.config.to_diff_dict(),
-            "path": path,
+            "path": ",".join(paths),
             "batch": config.batch,
+            **subgoals.describe,
         },
         save=save,
         evaluate=judge.parallel,

@@ -3,48 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from emu_embodied.decode.grammar import StateLogits, expected_bin
+from emu_embodied.decode.paths import StatePath
 from emu_embodied.train.noise import noisy_logits
 from emu_embodied.train.windows import WindowTokens, clean_logits, window_tokens
 from emu_embodied.world_model import WorldModel
 
 if TYPE_CHECKING:
     from emu_embodied.train.pretrain import WorldData, WorldTraining
+    from emu_embodied.train.subgoals import SubgoalTraining
 
 WINDOWS = 64
 """Held-out windows an evaluation reads."""
 
 
 class Judge:
-    """Draws the same held-out windows every time and scores the model on them.
+    """Draws the same held-out windows every time and scores the model on them, also on subgoals where these are learned.
 
     A figure that is not defined (no code changed, a constant reward) is NaN.
     """
 
-    def __init__(self, world: WorldModel, data: WorldData, config: WorldTraining) -> None:
-        self.world, self.data, self.config = world, data, config
+    def __init__(
+        self, world: WorldModel, data: WorldData, config: WorldTraining, subgoals: SubgoalTraining | None = None
+    ) -> None:
+        self.world, self.data, self.config, self.subgoals = world, data, config, subgoals
+        self.paths = [world.path(name) for name in world.config.paths]
 
     def next_token(self) -> dict[str, float]:
         """Figures of the clean stream, every earlier token given (teacher forcing)."""
-        return self._average(self._clean)
+        figures = self._average(self._clean)
+        return figures | (self.subgoals.figures() if self.subgoals is not None else {})
 
     def parallel(self) -> dict[str, float]:
-        """Figures of one parallel pass from pure noise, the state before given."""
-        return self._average(self._noisy)
+        """Figures of one parallel pass from the source of the first path, the state before given.
+
+        Of further paths that the model is adapted with, the accuracies come under ``<figure>/<path>``.
+        """
+        first, *others = self.paths
+        figures = self._average(partial(self._noisy, first))
+        for path in others:
+            found = self._average(partial(self._noisy, path))
+            figures |= {f"{name}/{path.name}": found[name] for name in ("token_accuracy", "changed_token_accuracy")}
+        return figures | (self.subgoals.figures(first) if self.subgoals is not None else {})
 
     def _clean(self, window: WindowTokens, generator: torch.Generator) -> StateLogits:
         backbone = self.world.backbone
         positions = torch.arange(window.embeds_BLD.shape[1], device=self.world.device)
         hidden = backbone.core(window.embeds_BLD, positions, mask=None)
-        return clean_logits(backbone, self.world.layout, hidden)
+        return clean_logits(backbone, self.world.layout, hidden, window.starts)
 
-    def _noisy(self, window: WindowTokens, generator: torch.Generator) -> StateLogits:
-        times = torch.zeros(window.condition_BTD.shape[:2])
-        return noisy_logits(self.world, window, times, generator).noisy
+    def _noisy(self, path: StatePath, window: WindowTokens, generator: torch.Generator) -> StateLogits:
+        return noisy_logits(self.world, window, path.source(window.before, generator)).noisy
 
     @torch.no_grad()
     def _average(self, predict: Callable[[WindowTokens, torch.Generator], StateLogits]) -> dict[str, float]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from emu_embodied.decode.grammar import StateLogits, state_logits
-from emu_embodied.decode.paths import PATHS
+from emu_embodied.decode.paths import StatePath
 from emu_embodied.models.masks import NoisyCopies
+from emu_embodied.tokens.sequence import StateTokens
 from emu_embodied.train.windows import WindowTokens, clean_logits
 from emu_embodied.world_model import WorldModel
 
@@ -38,28 +40,44 @@ def sample_times(shape: tuple[int, ...], shift: float, source_share: float, gene
     return torch.where(torch.rand(shape, generator=generator) < source_share, 0.0, times)
 
 
-def noisy_logits(
-    world: WorldModel, window: WindowTokens, times_BT: torch.Tensor, generator: torch.Generator, path: str = "uniform"
-) -> TwoViews:
-    """Predict the states 1 .. T - 1 from noisy copies at the given times [B, T - 1], and from the clean stream.
+def draw_copies(
+    paths: Sequence[StatePath], window: WindowTokens, times_BT: torch.Tensor, generator: torch.Generator
+) -> StateTokens:
+    """Noisy copies [B, T - 1, ...] of the states 1 .. T - 1 at the given times; each draws its path from ``paths``."""
+    shape, device = times_BT.shape, window.before.codes.device
+    codes = window.targets.codes_MN.unflatten(0, shape)
+    proprio = window.targets.proprio_MP.unflatten(0, shape)
+    if len(paths) == 1:
+        return paths[0].noise(StateTokens(codes, proprio), times_BT, window.before, generator)
+    chosen_BT = torch.randint(len(paths), shape, generator=generator)
+    noisy = StateTokens(torch.empty_like(codes), torch.empty_like(proprio))
+    for i, path in enumerate(paths):
+        times, own = times_BT[chosen_BT == i], (chosen_BT == i).to(device)
+        target = StateTokens(codes[own], proprio[own])
+        before = StateTokens(window.before.codes[own], window.before.proprio[own])
+        drawn = path.noise(target, times, before, generator)
+        noisy.codes[own], noisy.proprio[own] = drawn.codes, drawn.proprio
+    return noisy
+
+
+def noisy_logits(world: WorldModel, window: WindowTokens, noisy: StateTokens) -> TwoViews:
+    """Predict the states 1 .. T - 1 from noisy copies of them [B, T - 1, ...], and from the clean stream.
 
     A copy sees the clean tokens before its state and the whole of itself; it carries the positions of the clean state.
     """
     layout, backbone, device = world.layout, world.backbone, world.device
-    batch, copies = times_BT.shape
-    v, noise = layout.vocabulary, PATHS[path]
-    codes = window.targets.codes_MN.unflatten(0, (batch, copies)).cpu()
-    proprio = window.targets.proprio_MP.unflatten(0, (batch, copies)).cpu()
-    codes = noise.noise(codes, v.vision.size, times_BT[..., None], generator)
-    proprio = noise.noise(proprio, v.state.size, times_BT[..., None], generator)
-    ids = layout.state_ids(codes.to(device), proprio.to(device))
+    copies = noisy.codes.shape[1]
+    ids = layout.state_ids(noisy.codes, noisy.proprio)
     copies_BLD = (backbone.embed(ids) + window.condition_BTD[:, :, None]).flatten(1, 2)
     clean_length = window.embeds_BLD.shape[1]
-    starts = [layout.state_offset(t) for t in range(1, copies + 1)]
-    mask = NoisyCopies(clean_length, tuple(starts), layout.state_tokens)
-    spans = [torch.arange(start, start + layout.state_tokens) for start in starts]
+    mask = NoisyCopies(clean_length, window.starts, layout.state_tokens)
+    spans = [torch.arange(start, start + layout.state_tokens) for start in window.starts]
     positions = torch.cat([torch.arange(clean_length), *spans]).to(device)
     hidden = backbone.core(torch.cat([window.embeds_BLD, copies_BLD], 1), positions, mask=mask)
-    noisy = hidden[:, clean_length:].unflatten(1, (copies, layout.state_tokens)).flatten(0, 1)
+    noisy_BTLD = hidden[:, clean_length:].unflatten(1, (copies, layout.state_tokens))
     clean = hidden[:, :clean_length]
-    return TwoViews(clean_logits(backbone, layout, clean), state_logits(backbone, layout, noisy), clean)
+    return TwoViews(
+        clean_logits(backbone, layout, clean, window.starts),
+        state_logits(backbone, layout, noisy_BTLD.flatten(0, 1)),
+        clean,
+    )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from emu_embodied.data.batches import TokenDataset, encode_dataset, fingerprint
 from emu_embodied.data.episodes import EpisodeStore
+from emu_embodied.data.subgoals import Subtasks
 from emu_embodied.files import write_json
 from emu_embodied.hardware import pick_device
 from emu_embodied.models.transformer import EmuForCausalLM
@@ -22,6 +23,7 @@ from emu_embodied.train.evaluation import Judge
 from emu_embodied.train.loop import LoopConfig, LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import LossWeights, state_loss
 from emu_embodied.train.state import has_state
+from emu_embodied.train.subgoals import SubgoalTraining
 from emu_embodied.train.windows import action_loss, clean_logits, window_tokens
 from emu_embodied.world_config import WorldModelConfig
 from emu_embodied.world_model import WorldModel
@@ -45,6 +47,10 @@ class WorldTraining:
     """DiDA: t = 1 - shift s / (1 + (shift - 1) s) with s ~ U(0, 1); larger means noisier (URSA's law)."""
     source_share: float = 0.5
     """DiDA: share of noisy copies that are pure noise (t = 0), the only thing a one-pass decoder ever sees."""
+    subgoal_share: float = 0.25
+    """Share of a batch's windows that are of subtasks and their keyframes, in [0, 1); 0 trains without them."""
+    subgoal_steps: int = 2
+    """Subtasks in such a window [subtasks]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +131,25 @@ def check_fits_preset(store: EpisodeStore, preset: Preset, frames: IBQFrameToken
 
 
 def train_world(
-    store: EpisodeStore, preset: Preset, frames: IBQFrameTokenizer, config: WorldTraining, out: Path, *, resume: bool
+    store: EpisodeStore,
+    preset: Preset,
+    frames: IBQFrameTokenizer,
+    config: WorldTraining,
+    out: Path,
+    *,
+    resume: bool,
+    subtasks: Subtasks | None = None,
 ) -> LoopResult:
     """Train a backbone by next token and keep it in ``out`` as a checkpoint folder.
+
+    Args:
+        store: dataset.
+        preset: size and shape.
+        frames: vision tokenizer.
+        config: how.
+        out: checkpoint folder.
+        resume: go on with a run that was stopped in ``out``.
+        subtasks: what the phases of an instruction are called; without it nothing is learned of subgoals.
 
     Raises:
         ValueError: if ``out`` holds a world model that this would overwrite (it can be resumed as long as its training
@@ -140,20 +162,25 @@ def train_world(
     tokens = encode_dataset(store, frames, preset.cameras, out / "tokens.safetensors")
     world = new_world(store, preset, frames, tokens, config.loop.seed)
     data = prepare_data(world, tokens, config.held_out)
+    subgoals = SubgoalTraining(world, data, config, subtasks)
+    world.config = replace(world.config, subgoals=subgoals.steps)
     backbone = world.backbone.requires_grad_(True)
+    windows = config.batch - subgoals.windows
 
     def loss_fn(step: int, generator: torch.Generator) -> LossOutput:
-        batch = data.train.sample(config.batch, preset.max_states, data.text_train_EL, generator).to(world.device)
+        batch = data.train.sample(windows, preset.max_states, data.text_train_EL, generator).to(world.device)
         window = window_tokens(world, batch, config.context_noise, generator)
         positions = torch.arange(window.embeds_BLD.shape[1], device=world.device)
         hidden = backbone.core(window.embeds_BLD, positions, mask=None)
-        loss, logs = state_loss(clean_logits(backbone, world.layout, hidden), window.targets, config.weights)
+        found = clean_logits(backbone, world.layout, hidden, window.starts)
+        loss, logs = state_loss(found, window.targets, config.weights)
         imitation = action_loss(backbone, world.layout, hidden, window, batch.imitate_B)
-        return LossOutput(
+        output = LossOutput(
             loss + config.weights.action * imitation,
             {**logs, "action": imitation.detach()},
             window.embeds_BLD[..., 0].numel(),
         )
+        return subgoals.mix(output, generator)
 
     def save(step: int) -> None:
         world.save_pretrained(out)
@@ -170,9 +197,10 @@ def train_world(
             "tokenizer": fingerprint(frames),
             "backbone": backbone.config.to_diff_dict(),
             "batch": config.batch,
+            **subgoals.describe,
         },
         save=save,
-        evaluate=Judge(world, data, config).next_token,
+        evaluate=Judge(world, data, config, subgoals).next_token,
         unit="tokens",
     )
     write_training_meta(out, "world", config, store, result)
@@ -188,6 +216,20 @@ def _check_out(out: Path, resume: bool) -> None:
         raise ValueError(f"{out} holds an adapted world model, which this stage would undo: train into another --out")
     if not has_state(out / "training" / "world"):
         raise ValueError(f"{out} holds a world model without the state of its training: train into another --out")
+
+
+def inherit_meta(source: Path, out: Path) -> None:
+    """Keep, in a new checkpoint folder, where the checkpoint that it starts from came from.
+
+    A stage of the source that runs again will not be overwritten: its entry is renamed to ``<stage> before``.
+    """
+    if not (source / "meta.json").exists() or (out / "meta.json").exists():
+        return
+    stages = json.loads((source / "meta.json").read_text())
+    if "dida" in stages:
+        stages["dida before"] = stages.pop("dida")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "meta.json", stages)
 
 
 def write_training_meta(out: Path, stage: str, config: WorldTraining, store: EpisodeStore, result: LoopResult) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from emu_embodied.data.batches import WindowBatch
 from emu_embodied.decode.grammar import StateLogits, state_logits
 from emu_embodied.models.transformer import EmuForCausalLM
-from emu_embodied.tokens.sequence import SequenceLayout
+from emu_embodied.tokens.sequence import SequenceLayout, StateTokens
 from emu_embodied.train.losses import StateTargets
 from emu_embodied.world_model import WorldModel
 
@@ -22,14 +22,18 @@ class WindowTokens:
     Attributes:
         embeds_BLD: the embedded clean stream, its frame codes partly replaced by random ones (context noise), the
             action conditions added.
+        starts: where in it the states 1 .. T - 1 begin.
         condition_BTD: continuous embedding of the T - 1 action blocks.
         action_bins_BTA: int64 [B, T - 1, A].
+        before: tokens of the states 0 .. T - 2 as the clean stream shows them, [B, T - 1, ...].
         targets: of the states 1 .. T - 1, B * (T - 1) of them, window-major.
     """
 
     embeds_BLD: torch.Tensor
+    starts: tuple[int, ...]
     condition_BTD: torch.Tensor
     action_bins_BTA: torch.Tensor
+    before: StateTokens
     targets: StateTargets
 
 
@@ -41,17 +45,13 @@ def window_tokens(
     Args:
         world: whose layout, tokenizers and backbone are used.
         batch: on the backbone's device.
-        context_noise: each window replaces a share of its frame codes drawn from U(0, context_noise) by random ones, so
-            that the model learns to live with its own mistakes (GENIE / 1X practice).
+        context_noise: see ``disturbed``.
         generator: CPU generator.
     """
-    layout, backbone, device = world.layout, world.backbone, batch.codes_BTN.device
+    layout, backbone = world.layout, world.backbone
     proprio_BTP = world.proprio.encode(batch.proprio_BTP)
     action_bins = world.actions.encode(batch.actions_BTKA)
-    share = torch.rand(len(batch.codes_BTN), 1, 1, generator=generator) * context_noise
-    replaced = torch.rand(batch.codes_BTN.shape, generator=generator) < share
-    random = torch.randint(layout.vocabulary.vision.size, batch.codes_BTN.shape, generator=generator)
-    context_BTN = torch.where(replaced.to(device), random.to(device), batch.codes_BTN)
+    context_BTN = disturbed(batch.codes_BTN, layout.vocabulary.vision.size, context_noise, generator)
     condition_BTD = backbone.action_embedding(batch.actions_BTKA)
     led_to_BTD = F.pad(condition_BTD, (0, 0, 1, 0))  # no action led to the first state
     embeds = layout.interleave(
@@ -67,13 +67,30 @@ def window_tokens(
         batch.success_BT[:, states].long().flatten(),
         (batch.codes_BTN[:, 1:] != batch.codes_BTN[:, :-1]).flatten(0, 1),
     )
-    return WindowTokens(embeds, condition_BTD, action_bins, targets)
+    before = StateTokens(context_BTN[:, :-1], proprio_BTP[:, :-1])
+    starts = tuple(layout.state_offset(t) for t in range(1, batch.codes_BTN.shape[1]))
+    return WindowTokens(embeds, starts, condition_BTD, action_bins, before, targets)
 
 
-def clean_logits(backbone: EmuForCausalLM, layout: SequenceLayout, hidden_BLD: torch.Tensor) -> StateLogits:
-    """Logits of the states 1 .. T - 1 of a clean stream, window-major."""
-    _, states_BTLD, _ = layout.parse(hidden_BLD)
-    return state_logits(backbone, layout, states_BTLD[:, 1:].flatten(0, 1))
+def disturbed(
+    codes_BTN: torch.Tensor, codebook: int, context_noise: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Frame codes as a model reads them in training: each window replaces a share of them by random ones.
+
+    The share is drawn from U(0, context_noise); so the model learns to live with its own mistakes (GENIE / 1X practice).
+    """
+    share = torch.rand(len(codes_BTN), 1, 1, generator=generator) * context_noise
+    replaced = torch.rand(codes_BTN.shape, generator=generator) < share
+    random = torch.randint(codebook, codes_BTN.shape, generator=generator)
+    return torch.where(replaced.to(codes_BTN.device), random.to(codes_BTN.device), codes_BTN)
+
+
+def clean_logits(
+    backbone: EmuForCausalLM, layout: SequenceLayout, hidden_BLD: torch.Tensor, starts: tuple[int, ...]
+) -> StateLogits:
+    """Logits of the states that begin at ``starts`` of a clean stream, window-major."""
+    states_BTLD = torch.stack([hidden_BLD[:, start : start + layout.state_tokens] for start in starts], 1)
+    return state_logits(backbone, layout, states_BTLD.flatten(0, 1))
 
 
 def action_loss(

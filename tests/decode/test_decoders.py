@@ -8,30 +8,29 @@ import torch
 from emu_embodied.decode.autoregressive import SequentialDecoder
 from emu_embodied.decode.dida import DecodedState, ParallelDecoder
 from emu_embodied.decode.grammar import StateLogits, expected_bin, state_logits
-from emu_embodied.decode.paths import UniformPath
+from emu_embodied.decode.paths import PATHS, StatePath
 from emu_embodied.models.cache import KVCache
 from emu_embodied.models.masks import causal_then_parallel
+from emu_embodied.tokens.sequence import StateTokens
 from tests import tiny
 
 EPISODE = tiny.make_episode(3)
 PLANS = 3
 
 
-class Recorded(UniformPath):
+class Recorded:
     """Keeps the noisy tokens that every pass read."""
 
-    def __init__(self):
-        self.read = []
+    def __init__(self, path: StatePath):
+        self.path, self.read = path, []
 
-    def source(self, shape, size, generator):
-        drawn = super().source(shape, size, generator)
-        self.read.append(drawn)
-        return drawn
+    def source(self, current, generator):
+        self.read.append(self.path.source(current, generator))
+        return self.read[-1]
 
-    def step(self, x_t, x1, size, t, t_next, generator):
-        stepped = super().step(x_t, x1, size, t, t_next, generator)
-        self.read.append(stepped)
-        return stepped
+    def step(self, tokens, predicted, t, t_next, generator):
+        self.read.append(self.path.step(tokens, predicted, t, t_next, generator))
+        return self.read[-1]
 
 
 @pytest.fixture(scope="module")
@@ -67,37 +66,45 @@ def full_forward(world, clean: torch.Tensor, noisy: torch.Tensor | None, length:
     return state_logits(world.backbone, world.layout, hidden[:, -length:])
 
 
+def observed(world) -> StateTokens:
+    codes = world.encode_frames(tiny.observation(EPISODE, 0).frames)
+    return StateTokens(codes, world.proprio.encode(torch.from_numpy(EPISODE.proprio_TP[0]))).expand(PLANS)
+
+
 def decode_twice(world, decoder) -> tuple[list[DecodedState], torch.Tensor]:
     """Two blocks behind one observed state, as ``imagine`` does it, and the cache's final length."""
     actions = tiny.plans(PLANS, 2)
     cache = world._branches(PLANS, world.observe([tiny.observation(EPISODE, 0)]).cache)
-    draws, decoded, pending = generator(), [], None
+    draws, decoded, pending, current = generator(), [], None, observed(world)
     for h in range(2):
         action_embeds, condition = world._act(actions[:, h])
         pending = action_embeds if pending is None else torch.cat([pending, action_embeds], 1)
-        decoded.append(decoder.decode(cache, pending, condition, draws))
+        decoded.append(decoder.decode(cache, pending, condition, current, draws))
+        current = StateTokens(decoded[-1].codes_SN, decoded[-1].proprio_SP)
         pending = decoded[-1].pending_SLD
     return decoded, cache.total_length
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("passes", [1, 3])
-def test_parallel_decoding_equals_uncached_forwards_with_the_dense_mask(world, passes):
-    path = Recorded()
+@pytest.mark.parametrize("name", PATHS)
+def test_parallel_decoding_equals_uncached_forwards_with_the_dense_mask(world, name, passes):
+    path = Recorded(world.path(name))
     decoded, cached = decode_twice(world, ParallelDecoder(world.backbone, world.layout, path, passes))
     assert cached == world.layout.length(2) + world.layout.action_tokens  # the second state was never kept
     actions, length = tiny.plans(PLANS, 2), world.layout.state_tokens
     clean = prefix_embeds(world)
     reads_of_a_state = len(path.read) // 2
+    carried = name == "mask" and passes > 1  # slots filled earlier are not predicted anew
     for h, state in enumerate(decoded):
         action_embeds, condition = world._act(actions[:, h])
         clean = torch.cat([clean, action_embeds], 1)
-        # Read in turn: source of codes, source of proprio, then codes and proprio after every pass.
-        codes, proprio = path.read[h * reads_of_a_state :][2 * (passes - 1) :][:2]
-        logits = full_forward(world, clean, state_embeds(world, codes, proprio, condition), length)
+        read = path.read[h * reads_of_a_state :][passes - 1]  # after the source come the tokens after every pass
+        logits = full_forward(world, clean, state_embeds(world, read.codes, read.proprio, condition), length)
         assert_same(state.logits, logits)
-        assert torch.equal(state.codes_SN, logits.frame.argmax(-1))
-        assert torch.equal(state.proprio_SP, logits.proprio.argmax(-1))
+        if not carried:
+            assert torch.equal(state.codes_SN, logits.frame.argmax(-1))
+            assert torch.equal(state.proprio_SP, logits.proprio.argmax(-1))
         clean = torch.cat([clean, state_embeds(world, state.codes_SN, state.proprio_SP, condition)], 1)
 
 
@@ -119,8 +126,8 @@ def test_sequential_decoding_equals_one_uncached_forward(world):
 
 DECODERS = {
     "sequential": lambda w, temperature: SequentialDecoder(w.backbone, w.layout, temperature),
-    "one pass": lambda w, temperature: ParallelDecoder(w.backbone, w.layout, UniformPath(), 1, temperature),
-    "three passes": lambda w, temperature: ParallelDecoder(w.backbone, w.layout, UniformPath(), 3, temperature),
+    "one pass": lambda w, temperature: ParallelDecoder(w.backbone, w.layout, w.path("uniform"), 1, temperature),
+    "three passes": lambda w, temperature: ParallelDecoder(w.backbone, w.layout, w.path("uniform"), 3, temperature),
 }
 
 
@@ -151,7 +158,7 @@ def test_hot_sampling_reaches_codes_that_are_not_the_most_likely(world):
 @pytest.mark.parametrize("passes", [0, -1])
 def test_less_than_one_pass_is_refused(world, passes):
     with pytest.raises(ValueError, match=f"passes must be >= 1, got {passes}"):
-        ParallelDecoder(world.backbone, world.layout, UniformPath(), passes)
+        ParallelDecoder(world.backbone, world.layout, world.path("uniform"), passes)
 
 
 def test_a_full_cache_is_named(world):
@@ -159,7 +166,7 @@ def test_a_full_cache_is_named(world):
     cache = KVCache(world.backbone.config, PLANS, 4)
     with pytest.raises(ValueError, match="cache is full"), torch.inference_mode():
         pending = torch.zeros(PLANS, 1, world.backbone.config.hidden_size)
-        DECODERS["one pass"](world, 0.0).decode(cache, pending, condition, generator())
+        DECODERS["one pass"](world, 0.0).decode(cache, pending, condition, observed(world), generator())
 
 
 def test_expected_bin_lies_between_bins():

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from emu_embodied.data.batches import encode_dataset
 from emu_embodied.data.episodes import EpisodeStore
+from emu_embodied.decode.paths import PATHS
 from emu_embodied.train import adapt, pretrain
 from emu_embodied.train.adapt import train_dida
 from emu_embodied.train.evaluation import Judge
@@ -90,6 +91,26 @@ def test_one_checkpoint_decodes_both_ways(world_out, dida_out):
     for passes in (1, 2):
         assert imagine(adapted.with_decoding("dida", passes=passes)).shape == one_by_one.shape
     assert not torch.equal(raw.backbone.lm_head.weight, adapted.backbone.lm_head.weight)
+
+
+def test_an_adapted_model_is_adapted_further_with_several_paths_into_another_folder(store, dida_out, tmp_path):
+    out = tmp_path / "all"
+    before = (dida_out / "model.safetensors").read_bytes()
+    start = WorldModel.from_pretrained(dida_out)
+    train_dida(store, start, short(4, 2), out, resume=False, paths=tuple(PATHS))
+    world = WorldModel.from_pretrained(out)
+    assert world.config.paths == tuple(PATHS) and (dida_out / "model.safetensors").read_bytes() == before
+    for name in PATHS:
+        assert imagine(world.with_decoding("dida", path=name)).shape == (2, 4, 8)
+    figures = json.loads((out / "meta.json").read_text())["dida"]["extra"]["figures"]
+    assert {f"eval/changed_token_accuracy/{name}" for name in ("metric", "state_coupled", "mask")} <= figures.keys()
+    with pytest.raises(ValueError, match="was trained with path = "):
+        train_dida(store, world, short(6, 2), out, resume=True, paths=("mask",))
+    train_dida(store, world, short(6, 2), out, resume=True, paths=tuple(PATHS))
+    for paths, message in ((("mask", "mask"), "each once"), ((), "at least one"), (("masc",), "did you mean 'mask'")):
+        with pytest.raises(ValueError, match=message):
+            train_dida(store, start, short(4, 2), tmp_path / "other", resume=False, paths=paths)
+    assert not (tmp_path / "other").exists()
 
 
 def test_saved_weights_are_the_averaged_ones(world_out):

@@ -10,10 +10,11 @@ from emu_embodied.data.batches import encode_dataset
 from emu_embodied.decode.autoregressive import SequentialDecoder
 from emu_embodied.decode.dida import ParallelDecoder
 from emu_embodied.decode.grammar import StateLogits, state_logits
-from emu_embodied.decode.paths import PATHS, UniformPath
+from emu_embodied.decode.paths import PATHS
 from emu_embodied.models.masks import NoisyCopies
+from emu_embodied.tokens.sequence import MASKED, StateTokens
 from emu_embodied.train import noise
-from emu_embodied.train.noise import noisy_logits, sample_times
+from emu_embodied.train.noise import draw_copies, noisy_logits, sample_times
 from emu_embodied.train.windows import action_loss, clean_logits, window_tokens
 from tests import tiny
 
@@ -46,6 +47,11 @@ def one(logits: StateLogits, row: int, t: int) -> StateLogits:
 def assert_same(found: StateLogits, expected: StateLogits) -> None:
     for field in fields(StateLogits):
         torch.testing.assert_close(getattr(found, field.name), getattr(expected, field.name), atol=2e-5, rtol=1e-4)
+
+
+def noisy(world, window, times, seed=1, name="uniform"):
+    """Both views of a window whose copies are drawn at the given times."""
+    return noisy_logits(world, window, draw_copies([world.path(name)], window, times, generator(seed)))
 
 
 def history(world, batch, row: int, upto: int) -> torch.Tensor:
@@ -91,29 +97,31 @@ def test_context_noise_disturbs_what_is_read_and_not_what_is_asked(world, batch)
 @torch.no_grad()
 @pytest.mark.parametrize("row", [0, 2])
 @pytest.mark.parametrize("t", [1, STATES - 1])
-def test_noisy_copies_are_trained_as_the_parallel_decoder_reads_them(world, batch, row, t, monkeypatch):
-    drawn = {}
-
-    class Keeping(UniformPath):
-        def noise(self, x1, size, times, draws):
-            drawn[size] = super().noise(x1, size, times, draws)
-            return drawn[size]
-
-        def source(self, shape, size, draws):
-            return (
-                drawn[size][row, t - 1][None] if shape[0] == 1 and size in drawn else super().source(shape, size, draws)
-            )
-
-    path = Keeping()
-    monkeypatch.setitem(PATHS, "uniform", path)
+@pytest.mark.parametrize("name", PATHS)
+def test_noisy_copies_are_trained_as_the_parallel_decoder_reads_them(world, batch, row, t, name):
     window = window_tokens(world, batch, 0.0, generator())
-    trained = noisy_logits(world, window, torch.zeros(3, STATES - 1), generator(1)).noisy
+    noisy = draw_copies([world.path(name)], window, torch.full((3, STATES - 1), 0.4), generator(1))
+    trained = noisy_logits(world, window, noisy).noisy
     stream = history(world, batch, row, t)
     condition = world._act(batch.actions_BTKA[row, t - 1 : t])[1]
     cache = world._prefix(stream[:, :1])
-    decoder = ParallelDecoder(world.backbone, world.layout, path)
-    decoded = decoder.decode(world._branches(1, cache), stream[:, 1:], condition, None)
+    decoder = ParallelDecoder(world.backbone, world.layout, Given(noisy.codes[row, t - 1], noisy.proprio[row, t - 1]))
+    current = StateTokens(batch.codes_BTN[row, t - 1 : t], world.proprio.encode(batch.proprio_BTP[row, t - 1 : t]))
+    decoded = decoder.decode(world._branches(1, cache), stream[:, 1:], condition, current, None)
     assert_same(decoded.logits, one(trained, row, t))
+
+
+class Given:
+    """A process that starts from given tokens."""
+
+    def __init__(self, codes_N, proprio_P):
+        self.tokens = StateTokens(codes_N[None], proprio_P[None])
+
+    def source(self, current, draws):
+        return self.tokens
+
+    def step(self, tokens, predicted, t, t_next, draws):
+        return predicted
 
 
 @torch.no_grad()
@@ -123,12 +131,13 @@ def test_the_clean_stream_is_trained_as_the_sequential_decoder_reads_it(world, b
     condition = world._act(batch.actions_BTKA[row, t - 1 : t])[1]
     cache = world._prefix(stream[:, :1])
     decoder = SequentialDecoder(world.backbone, world.layout)
-    decoded = decoder.decode(world._branches(1, cache), stream[:, 1:], condition, None)
+    current = StateTokens(batch.codes_BTN[row, t - 1 : t], world.proprio.encode(batch.proprio_BTP[row, t - 1 : t]))
+    decoded = decoder.decode(world._branches(1, cache), stream[:, 1:], condition, current, None)
     codes, proprio = batch.codes_BTN.clone(), batch.proprio_BTP.clone()
     codes[row, t], proprio[row, t] = decoded.codes_SN[0], world.proprio.decode(decoded.proprio_SP[0])
     window = window_tokens(world, replace(batch, codes_BTN=codes, proprio_BTP=proprio), 0.0, generator())
     hidden = world.backbone.core(window.embeds_BLD, torch.arange(world.layout.length(STATES)))
-    trained = clean_logits(world.backbone, world.layout, hidden)
+    trained = clean_logits(world.backbone, world.layout, hidden, window.starts)
     assert_same(decoded.logits, one(trained, row, t))
 
 
@@ -136,7 +145,7 @@ def test_the_clean_stream_is_trained_as_the_sequential_decoder_reads_it(world, b
 def test_noisy_copies_equal_the_dense_mask(world, batch, monkeypatch):
     window = window_tokens(world, batch, 0.5, generator())
     times = sample_times((3, STATES - 1), 3.0, 0.5, generator())
-    found = noisy_logits(world, window, times, generator(1))
+    found = noisy(world, window, times)
     core = world.backbone.core
     seen = {}
 
@@ -146,7 +155,7 @@ def test_noisy_copies_equal_the_dense_mask(world, batch, monkeypatch):
         return core(embeds, positions, seen["mask"])
 
     monkeypatch.setattr(world.backbone, "core", dense)
-    expected = noisy_logits(world, window, times, generator(1))
+    expected = noisy(world, window, times)
     assert_same(found.noisy, expected.noisy)
     assert_same(found.clean, expected.clean)
     # Emu3.5, figure 9: a copy has its original's positions, and sees what came before it and itself, nothing else.
@@ -165,11 +174,11 @@ def test_noisy_copies_equal_the_dense_mask(world, batch, monkeypatch):
 @torch.no_grad()
 def test_the_clean_stream_does_not_see_its_copies(world, batch):
     window = window_tokens(world, batch, 0.0, generator())
-    views = [noisy_logits(world, window, torch.zeros(3, STATES - 1), generator(seed)) for seed in (1, 2)]
+    views = [noisy(world, window, torch.zeros(3, STATES - 1), seed) for seed in (1, 2)]
     assert_same(views[0].clean, views[1].clean)
     assert not torch.allclose(views[0].noisy.frame, views[1].noisy.frame, atol=1e-3)
     hidden = world.backbone.core(window.embeds_BLD, torch.arange(world.layout.length(STATES)))
-    assert_same(views[0].clean, clean_logits(world.backbone, world.layout, hidden))
+    assert_same(views[0].clean, clean_logits(world.backbone, world.layout, hidden, window.starts))
 
 
 @torch.no_grad()
@@ -180,7 +189,7 @@ def test_a_copy_does_not_see_its_original(world, batch):
     zeros = torch.zeros(1, STATES - 1, world.layout.action_tokens)
     last = world.layout.interleave(torch.zeros(1, world.layout.text_tokens), states, zeros)
     blank = replace(window, embeds_BLD=window.embeds_BLD + 9 * last[..., None])
-    views = [noisy_logits(world, view, torch.zeros(3, STATES - 1), generator(1)) for view in (window, blank)]
+    views = [noisy(world, view, torch.zeros(3, STATES - 1)) for view in (window, blank)]
     assert_same(views[0].noisy, views[1].noisy)
     assert not torch.allclose(views[0].clean.frame, views[1].clean.frame, atol=1e-3)
 
@@ -191,7 +200,7 @@ def test_copies_at_the_end_of_time_are_the_data(world, batch, monkeypatch):
     embed = world.backbone.embed
     monkeypatch.setattr(world.backbone, "embed", lambda ids: read.append(ids) or embed(ids))
     window = window_tokens(world, batch, 0.0, generator())
-    noisy_logits(world, window, torch.ones(3, STATES - 1), generator())
+    noisy(world, window, torch.ones(3, STATES - 1))
     codes, proprio = world.layout.parse_state(read[-1])
     assert torch.equal(codes.flatten(0, 1), window.targets.codes_MN)
     assert torch.equal(proprio.flatten(0, 1), window.targets.proprio_MP)
@@ -234,7 +243,7 @@ def test_every_logit_depends_on_the_action_that_leads_to_its_state(world, batch)
     windows = [
         window_tokens(world, replace(batch, actions_BTKA=a), 0.0, generator()) for a in (batch.actions_BTKA, turned)
     ]
-    first, second = (noisy_logits(world, w, torch.zeros(3, STATES - 1), generator(1)).noisy.frame for w in windows)
+    first, second = (noisy(world, w, torch.zeros(3, STATES - 1)).noisy.frame for w in windows)
     first, second = (logits.unflatten(0, (3, STATES - 1)) for logits in (first, second))
     torch.testing.assert_close(first[:, 0], second[:, 0])  # the state before it
     assert bool(((first - second).abs().amax(-1)[:, 1] > 1e-4).all())
@@ -248,3 +257,44 @@ def test_readouts_of_a_state_are_its_own(world):
     boi, first_code = 0, v.vision
     torch.testing.assert_close(found.frame[:, 0], logits[:, boi, first_code.start : first_code.stop])
     torch.testing.assert_close(found.success, logits[:, world.layout.reward_slot, v.success.start : v.success.stop])
+
+
+def test_every_copy_draws_its_path_and_its_time(world, batch):
+    window = window_tokens(world, batch, 0.0, generator())
+    shape = (3, STATES - 1)
+    wide = replace(
+        window,
+        before=StateTokens(window.before.codes.repeat(40, 1, 1), window.before.proprio.repeat(40, 1, 1)),
+        targets=replace(
+            window.targets,
+            codes_MN=window.targets.codes_MN.repeat(40, 1),
+            proprio_MP=window.targets.proprio_MP.repeat(40, 1),
+        ),
+    )
+    paths = [world.path(name) for name in ("mask", "state_coupled")]
+    zeros = torch.zeros(120, STATES - 1)
+    drawn = draw_copies(paths, wide, zeros, generator())
+    masked = (drawn.codes == MASKED).all(-1)
+    assert torch.equal(masked, (drawn.proprio == MASKED).all(-1)) and bool(((drawn.codes >= 0).all(-1) | masked).all())
+    assert 0.4 < float(masked.float().mean()) < 0.6 and bool(masked.any(0).all())
+    pure = ~masked & (drawn.codes == wide.before.codes).all(-1)
+    assert 0.4 < float(pure.sum() / (~masked).sum()) < 0.75
+    times = zeros.clone()
+    times[:, 1] = 1.0
+    drawn = draw_copies(paths, wide, times, generator())
+    assert torch.equal(drawn.codes[:, 1], wide.targets.codes_MN.unflatten(0, (120, STATES - 1))[:, 1])
+    again = draw_copies(paths, wide, times, generator())
+    assert torch.equal(drawn.codes, again.codes) and torch.equal(drawn.proprio, again.proprio)
+    one_path = draw_copies(paths[:1], window, torch.zeros(shape), generator())
+    assert bool((one_path.codes == MASKED).all())
+
+
+def test_a_slot_without_content_is_embedded_as_padding(world):
+    codes, proprio = torch.full((1, 8), MASKED), torch.full((1, 3), MASKED)
+    codes[0, 2] = 5
+    ids = world.layout.state_ids(codes, proprio)[0]
+    v = world.layout.vocabulary
+    assert ids[world.layout.frame_slots].tolist() == [
+        v.vision.start + 5 if n == 2 else v.special["pad"] for n in range(8)
+    ]
+    assert ids[world.layout.proprio_slots].tolist() == [v.special["pad"]] * 3

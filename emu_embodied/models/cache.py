@@ -5,6 +5,7 @@ Shapes: layers x [B or S, kv heads, capacity, head dim].
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,6 +101,21 @@ class KVCache:
                 "make it with a larger capacity (tokens that are not kept need room too)"
             )
 
+    def grow(self, capacity: int) -> None:
+        """Make room for ``capacity`` own tokens, one layer after another, so that little is held twice.
+
+        Raises:
+            ValueError: if this cache serves as a prefix.
+        """
+        if self.closed:
+            raise ValueError("this cache is shared as a prefix and may not change: grow a fork() of it")
+        if capacity > self.capacity:
+            more = _round_up(capacity) - self.keys[0].shape[2]
+            for tensors in (self.keys, self.values):
+                for layer, tensor in enumerate(tensors):
+                    tensors[layer] = torch.nn.functional.pad(tensor, (0, 0, 0, more))
+            self.capacity = capacity
+
     def spans(self, tokens: int) -> tuple[int, int]:
         """How many keys attention reads for ``tokens`` new tokens: of the prefix, and own ones.
 
@@ -143,12 +159,20 @@ class KVCache:
             raise ValueError(f"cannot truncate to {length} tokens: {self.length} are held")
         self.length = length
 
+    def rows(self, start: int, stop: int) -> KVCache:
+        """The sequences ``start .. stop - 1`` of this cache: the same memory, with its own count of what is held."""
+        part = copy(self)
+        part.batch = stop - start
+        part.keys = [keys[start:stop] for keys in self.keys]
+        part.values = [values[start:stop] for values in self.values]
+        return part
+
     def fork(self, room: int = 0) -> KVCache:
         """An independent, writable copy of what is held, with room for ``room`` tokens more. A prefix stays shared.
 
         The copy costs as much as reading the cache once; decisions are rare and prefixes are short.
         """
-        copy = KVCache(
+        fork = KVCache(
             self.config,
             self.batch,
             self.length + room,
@@ -157,10 +181,10 @@ class KVCache:
             dtype=self.keys[0].dtype,
         )
         for layer in range(len(self.keys)):
-            copy.keys[layer][:, :, : self.length] = self.keys[layer][:, :, : self.length]
-            copy.values[layer][:, :, : self.length] = self.values[layer][:, :, : self.length]
-        copy.length = self.length
-        return copy
+            fork.keys[layer][:, :, : self.length] = self.keys[layer][:, :, : self.length]
+            fork.values[layer][:, :, : self.length] = self.values[layer][:, :, : self.length]
+        fork.length = self.length
+        return fork
 
 
 class BorrowedCache:

@@ -54,6 +54,7 @@ class Call:
         cache: where new keys and values go, or None.
         span: own keys read from the cache.
         prefix_span: keys read from its prefix.
+        first: tokens before it are needed for their keys and values only, nothing else of them leaves the layer.
     """
 
     eps: torch.Tensor
@@ -65,6 +66,18 @@ class Call:
     cache: KVCache | BorrowedCache | None = None
     span: int = 0
     prefix_span: int = 0
+    first: int = 0
+
+    def reading_from(self, first: int) -> Call:
+        """The same for the last layer, where only the tokens from ``first`` on are read out."""
+        return replace(self, first=first, bias=self.bias[..., first:, :] if torch.is_tensor(self.bias) else None)
+
+    def rows(self, start: int, stop: int) -> Call:
+        """The same for the sequences ``start .. stop - 1``."""
+        cos, sin = (x if len(x) == 1 else x[start:stop] for x in (self.cos, self.sin))
+        bias = self.bias[start:stop] if torch.is_tensor(self.bias) and self.bias.dim() == 4 else self.bias
+        cache = self.cache.rows(start, stop) if isinstance(self.cache, KVCache) else self.cache
+        return replace(self, cos=cos, sin=sin, bias=bias, cache=cache)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Call:
         """The same for a layer that lives on another device (models spread over several)."""
@@ -86,9 +99,9 @@ def rotations(
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def _rotate(x: torch.Tensor, call: Call) -> torch.Tensor:
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE: the first half of a head [..., head dim] are real parts, the second half imaginary parts."""
-    return torch.addcmul(x * call.cos, x.roll(x.shape[-1] // 2, -1), call.sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class EmuAttention(nn.Module):
@@ -108,10 +121,11 @@ class EmuAttention(nn.Module):
         self.k_norm = RMSNorm(head)
 
     def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        shape = (*x.shape[:2], -1, self.head_dim)
-        query = _rotate(self.q_norm(self.q_proj(x).view(shape), call.eps), call)
-        key = _rotate(self.k_norm(self.k_proj(x).view(shape), call.eps), call).transpose(1, 2)
+        """[B, T, D] -> [B, T - call.first, D]."""
+        first, shape = call.first, (*x.shape[:2], -1, self.head_dim)
+        query = self.q_proj(x[:, first:]).view(len(x), x.shape[1] - first, *shape[2:])
+        query = _rotate(self.q_norm(query, call.eps), call.cos[:, first:], call.sin[:, first:])
+        key = _rotate(self.k_norm(self.k_proj(x).view(shape), call.eps), call.cos, call.sin).transpose(1, 2)
         value = self.v_proj(x).view(shape).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
         if isinstance(call.bias, NoisyCopies):
@@ -131,7 +145,7 @@ class EmuAttention(nn.Module):
                 prefix_bias=call.prefix_bias,
                 dropout=dropout,
             )
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
+        return self.o_proj(mixed.flatten(2))
 
 
 class EmuMLP(nn.Module):
@@ -164,8 +178,8 @@ class EmuLayer(GradientCheckpointingLayer):
         self.dropout = config.attention_dropout
 
     def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        x = x + self._drop(self.self_attn(self.input_layernorm(x, call.eps), call))
+        """[B, T, D] -> [B, T - call.first, D]."""
+        x = x[:, call.first :] + self._drop(self.self_attn(self.input_layernorm(x, call.eps), call))
         return x + self._drop(self.mlp(self.post_attention_layernorm(x, call.eps)))
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,10 @@ from emu_embodied.models.config import EmuConfig
 from emu_embodied.models.layers import ActionEmbedding, Call, EmuLayer, RMSNorm, rotations
 from emu_embodied.models.masks import NoisyCopies
 
+CPU_TOKENS = 1024
+"""Tokens that go through all layers together on a CPU, for each thread: activations of many more leave the caches, and
+memory for them is fetched from the system anew for every operator, which halves the speed of matrix products."""
+
 
 class EmuModel(nn.Module):
     """Embedding, layers and final norm; it only holds them, ``EmuForCausalLM.core`` runs them."""
@@ -128,6 +132,7 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
         mask: torch.Tensor | NoisyCopies | None = None,
         cache: KVCache | BorrowedCache | None = None,
         keep: int | None = None,
+        first: int = 0,
     ) -> torch.Tensor:
         """Run the layers over T new tokens.
 
@@ -141,12 +146,15 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
             cache: read, and written behind its end; inference only.
             keep: how many leading new tokens stay in the cache; the others are used in this call and forgotten. None
                 keeps all.
+            first: tokens before it are seen by others but nothing is read out of them (the clean tokens that a cache
+                takes in), which spares them most of the last layer. With a cache only.
 
         Returns:
-            Hidden states after the final norm, [B, T, D].
+            Hidden states after the final norm, [B, T - first, D].
 
         Raises:
-            ValueError: if the cache is full or closed, or if gradients are on while there is a cache.
+            ValueError: if the cache is full or closed, if gradients are on while there is a cache, or if ``first`` is
+                given without one.
         """
         tokens = embeds.shape[1]
         if cache is not None:
@@ -155,14 +163,29 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
             if torch.is_grad_enabled() and isinstance(cache, KVCache):
                 raise ValueError("a KV cache is for inference: call under torch.no_grad(), or train without a cache")
             cache.reserve(tokens)
-        call = self._call(embeds, positions, mask, cache)
+        elif first:
+            raise ValueError("tokens that are only seen belong into a cache: first needs one")
+        call = self._call(embeds, positions, mask, cache, first)
         dropout = self.config.attention_dropout if self.training else 0.0
         hidden = F.dropout(embeds, dropout) if dropout else embeds
-        for layer in self.model.layers:
-            hidden = layer(hidden, call)
+        hidden = self._layers(hidden, call, first)
         if cache is not None:
             cache.advance(tokens if keep is None else keep)
         return self.model.norm(hidden, call.eps.to(hidden.device))
+
+    def _layers(self, hidden: torch.Tensor, call: Call, first: int) -> torch.Tensor:
+        """All layers, [B, T, D] -> [B, T - first, D]; on a CPU over as many sequences at a time as fit its caches."""
+        batch, tokens = hidden.shape[:2]
+        rows = max(1, CPU_TOKENS * torch.get_num_threads() // tokens)
+        if hidden.device.type == "cpu" and rows < batch and isinstance(call.cache, KVCache):
+            parts = range(0, batch, rows)
+            return torch.cat(
+                [self._layers(hidden[i : i + rows], call.rows(i, min(i + rows, batch)), first) for i in parts]
+            )
+        *layers, last = self.model.layers
+        for layer in layers:
+            hidden = layer(hidden, call)
+        return last(hidden, call.reading_from(first) if first else call)
 
     def _call(
         self,
@@ -170,6 +193,7 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
         positions: torch.Tensor,
         mask: torch.Tensor | NoisyCopies | None,
         cache: KVCache | BorrowedCache | None,
+        first: int,
     ) -> Call:
         """What every layer needs, made once: the mask becomes an additive bias over all keys that are read."""
         tokens = embeds.shape[1]
@@ -183,7 +207,7 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None and cache.prefix is not None and prefix_span > cache.prefix.length:
             prefix_bias = embeds.new_zeros(1, prefix_span)
             prefix_bias[:, cache.prefix.length :] = -torch.inf
-        causal = mask is None and tokens > 1 and past == 0
+        causal = mask is None and tokens > 1 and past == 0 and first == 0
         if causal:
             span = tokens  # no bias at all: a prompt's would have the square of its length
         elif mask is None and tokens > 1:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emu_embodied.models import transformer
 from emu_embodied.models.cache import KVCache
 from emu_embodied.models.masks import causal_then_parallel
 from emu_embodied.models.transformer import EmuConfig, EmuForCausalLM
@@ -176,3 +177,35 @@ def test_forward_takes_our_cache(model):
     cache = KVCache(CONFIG, 1, 12)
     parts = [model(input_ids=part, past_key_values=cache).logits for part in tokens.split([7, 1, 4], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(input_ids=tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_sequences_in_portions_equal_all_at_once(model, monkeypatch):
+    """On a CPU few sequences at a time go through all layers; cache, prefix and masks of each its own follow."""
+    belief = KVCache(CONFIG, 1, 9)
+    run(model, draw(1, 9, 32), belief)
+    embeds, later = draw(5, 21, 32, seed=1), draw(5, 3, 32, seed=2)
+    masks = causal_then_parallel(8, 13).expand(5, -1, -1).clone()
+    masks[3, 8:, 2] = False
+    found = []
+    for budget in (10_000, 2 * 21 * torch.get_num_threads()):
+        monkeypatch.setattr(transformer, "CPU_TOKENS", budget)
+        cache = KVCache(CONFIG, 5, 60, prefix=belief)
+        block = run(model, embeds, cache, mask=masks, keep=8)
+        assert cache.length == 8
+        found.append((block, run(model, later, cache)))
+    for whole, portions in zip(*found, strict=True):
+        torch.testing.assert_close(portions, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("first", [1, 8, 20])
+def test_what_is_not_read_out_changes_nothing_else(model, first):
+    embeds, later = draw(2, 21, 32), draw(2, 3, 32, seed=1)
+    for mask in (None, causal_then_parallel(8, 13)):
+        caches = [KVCache(CONFIG, 2, 60) for _ in range(2)]
+        for cache in caches:
+            run(model, draw(2, 4, 32, seed=2), cache)
+        whole = run(model, embeds, caches[0], mask=mask)
+        torch.testing.assert_close(run(model, embeds, caches[1], mask=mask, first=first), whole[:, first:])
+        torch.testing.assert_close(run(model, later, caches[1]), run(model, later, caches[0]))
+    with pytest.raises(ValueError, match="first needs one"):
+        model.core(embeds, torch.arange(21), first=first)

@@ -65,6 +65,7 @@ class TokenDataset:
         first_E: int64, row of each episode's first state.
         length_E: int64, states of each episode.
         env_E: int64, number of the environment each episode was recorded from.
+        phases: of each episode, what its behaviour was doing in each block.
     """
 
     codes_MN: torch.Tensor
@@ -77,6 +78,7 @@ class TokenDataset:
     first_E: torch.Tensor
     length_E: torch.Tensor
     env_E: torch.Tensor
+    phases: tuple[tuple[str, ...], ...]
 
     def split(self, held_out: float) -> tuple[TokenDataset, TokenDataset]:
         """(training, held-out): whole episodes, chosen by ``held_out_episodes``.
@@ -100,6 +102,7 @@ class TokenDataset:
             self.first_E[chosen],
             self.length_E[chosen],
             self.env_E[chosen],
+            tuple(self.phases[i] for i in chosen.tolist()),
         )
 
     def rows(self) -> torch.Tensor:
@@ -200,6 +203,7 @@ def encode_dataset(
         length_E.cumsum(0) - length_E,
         length_E,
         torch.tensor([store.spec.env_ids.index(episode.env_id) for episode in episodes]),
+        tuple(episode.phases for episode in episodes),
     )
 
 

@@ -5,14 +5,16 @@ The next-token loss on the clean stream is kept, so that one set of weights deco
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from emu_embodied.data.batches import encode_dataset
+from emu_embodied.data.batches import WindowBatch, encode_dataset
 from emu_embodied.data.episodes import EpisodeStore
 from emu_embodied.data.subgoals import Subtasks
+from emu_embodied.decode.paths import StatePath
 from emu_embodied.hardware import pick_device
 from emu_embodied.train.evaluation import Judge
 from emu_embodied.train.loop import LoopResult, LossOutput, run_loop
@@ -20,7 +22,8 @@ from emu_embodied.train.losses import state_loss
 from emu_embodied.train.noise import draw_copies, noisy_logits, sample_times
 from emu_embodied.train.pretrain import WorldTraining, prepare_data, write_training_meta
 from emu_embodied.train.subgoals import SubgoalTraining
-from emu_embodied.train.windows import action_loss, window_tokens
+from emu_embodied.train.rollout import own_samples, self_fed, with_own_samples
+from emu_embodied.train.windows import action_loss
 from emu_embodied.world_config import WorldModelConfig
 from emu_embodied.world_model import WorldModel
 
@@ -73,19 +76,13 @@ def train_dida(
 
     def loss_fn(step: int, generator: torch.Generator) -> LossOutput:
         batch = data.train.sample(windows, states, data.text_train_EL, generator).to(adapted.device)
-        window = window_tokens(adapted, batch, config.context_noise, generator)
-        shape = (windows, states - 1)
-        times = sample_times(shape, config.noise_shift, config.source_share, generator)
-        views = noisy_logits(adapted, window, draw_copies(noises, window, times, generator))
-        noisy, logs = state_loss(views.noisy, window.targets, config.weights)
-        clean, clean_logs = state_loss(views.clean, window.targets, config.weights)
-        imitation = action_loss(backbone, adapted.layout, views.hidden_BLD, window, batch.imitate_B)
-        logs |= {f"clean/{name}": value for name, value in clean_logs.items()}
-        copies = times.numel() * adapted.layout.state_tokens
-        loss = noisy + clean + config.weights.action * imitation
-        items = window.embeds_BLD[..., 0].numel() + copies
-        output = LossOutput(loss, {**logs, "action": imitation.detach()}, items)
-        return subgoals.mix(output, generator, noises)
+        if pool is not None:
+            batch = with_own_samples(batch, pool.to(adapted.device), generator)
+        return subgoals.mix(dida_loss(adapted, batch, config, noises, generator), generator, noises)
+
+    pool = None
+    if config.distilled_windows:
+        pool = own_samples(adapted, data, config, out / "distilled.safetensors", resume=resume)
 
     def save(step: int) -> None:
         adapted.save_pretrained(out)
@@ -111,6 +108,38 @@ def train_dida(
     )
     write_training_meta(out, "dida", config, store, result)
     return result
+
+
+def dida_loss(
+    world: WorldModel,
+    batch: WindowBatch,
+    config: WorldTraining,
+    paths: Sequence[StatePath],
+    generator: torch.Generator,
+) -> LossOutput:
+    """Loss of predicting states from noisy copies of them, and of next-token prediction on the clean stream.
+
+    Args:
+        world: being adapted.
+        batch: on its device.
+        config: how.
+        paths: noise processes, one of which every copy draws.
+        generator: CPU generator.
+    """
+    window, own_B = self_fed(world, batch, config, paths, generator)
+    shape = (len(batch.codes_BTN), len(window.starts))
+    times = sample_times(shape, config.noise_shift, config.source_share, generator, asynchronous=config.async_times)
+    views = noisy_logits(world, window, draw_copies(paths, window, times, generator))
+    noisy, logs = state_loss(views.noisy, window.targets, config.weights)
+    given_M = ~own_B.repeat_interleave(shape[1])  # within a frame, the next token does not follow from a wrong one
+    clean, clean_logs = state_loss(views.clean.at(given_M), window.targets.at(given_M), config.weights)
+    imitation = action_loss(world.backbone, world.layout, views.hidden_BLD, window, batch.imitate_B & ~own_B)
+    logs |= {f"clean/{name}": value for name, value in clean_logs.items()}
+    return LossOutput(
+        noisy + clean + config.weights.action * imitation,
+        {**logs, "action": imitation.detach()},
+        window.embeds_BLD[..., 0].numel() + times.numel() * world.layout.state_tokens,
+    )
 
 
 def check_same_recording(store: EpisodeStore, world: WorldModel) -> None:

@@ -23,7 +23,7 @@ WINDOWS = 64
 
 
 class Judge:
-    """Draws the same held-out windows every time and scores the model on them, also on subgoals where these are learned.
+    """Draws the same held-out windows every time and scores the model on them, on subgoals too where these are learned.
 
     A figure that is not defined (no code changed, a constant reward) is NaN.
     """

@@ -24,6 +24,10 @@ class LossWeights:
     """Reward bin: one token among some seventy, and the one that plans are judged by."""
     success: float = 0.25
     """Success."""
+    text: float = 1.0
+    """Bytes of a subtask's sentence, up to its end."""
+    follow: float = 0.25
+    """Whether a subtask follows a state, or nothing is left to do."""
     action: float = 0.1
     """Action bins of the behaviours worth imitating."""
     smoothing: float = 1.0
@@ -47,6 +51,10 @@ class StateTargets:
     reward_M: torch.Tensor
     success_M: torch.Tensor
     changed_MN: torch.Tensor
+
+    def at(self, rows_M: torch.Tensor) -> StateTargets:
+        """Those of some states: bool [M] or indices."""
+        return StateTargets(*(getattr(self, name)[rows_M] for name in self.__slots__))
 
 
 def ordinal_cross_entropy(logits: torch.Tensor, target: torch.Tensor, width: float) -> torch.Tensor:

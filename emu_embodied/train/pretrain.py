@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from emu_embodied.data.batches import TokenDataset, encode_dataset, fingerprint
+from emu_embodied.data.batches import TokenDataset, WindowBatch, encode_dataset, fingerprint
 from emu_embodied.data.episodes import EpisodeStore
 from emu_embodied.data.subgoals import Subtasks
 from emu_embodied.files import write_json
@@ -47,6 +47,20 @@ class WorldTraining:
     """DiDA: t = 1 - shift s / (1 + (shift - 1) s) with s ~ U(0, 1); larger means noisier (URSA's law)."""
     source_share: float = 0.5
     """DiDA: share of noisy copies that are pure noise (t = 0), the only thing a one-pass decoder ever sees."""
+    async_times: bool = True
+    """DiDA: every state of a window has its own t, as in decoding, where finished states stand before an open one; else
+    a window has one."""
+    own_steps: int = 0
+    """DiDA: how often the model's predictions (one parallel pass, without gradient) are put in place of the states that
+    the next are predicted from, in ``own_share`` of the windows; 1 or 2 make it robust to its own mistakes over as many
+    blocks, at a forward each. Off by default, since where futures branch it teaches to leave the branch that was
+    imagined, and context noise does much of the same for nothing."""
+    own_share: float = 0.25
+    """DiDA: share of the windows that ``own_steps`` speaks of."""
+    distilled_windows: int = 0
+    """DiDA: windows whose states the next-token model samples itself, once before training; half of every batch is then
+    drawn from them (Emu3.5's self-distillation). Off by default: it pays where the data are few or the futures so many
+    that one pass averages over them, and a simulator gives data for less."""
     subgoal_share: float = 0.25
     """Share of a batch's windows that are of subtasks and their keyframes, in [0, 1); 0 trains without them."""
     subgoal_steps: int = 2
@@ -169,18 +183,7 @@ def train_world(
 
     def loss_fn(step: int, generator: torch.Generator) -> LossOutput:
         batch = data.train.sample(windows, preset.max_states, data.text_train_EL, generator).to(world.device)
-        window = window_tokens(world, batch, config.context_noise, generator)
-        positions = torch.arange(window.embeds_BLD.shape[1], device=world.device)
-        hidden = backbone.core(window.embeds_BLD, positions, mask=None)
-        found = clean_logits(backbone, world.layout, hidden, window.starts)
-        loss, logs = state_loss(found, window.targets, config.weights)
-        imitation = action_loss(backbone, world.layout, hidden, window, batch.imitate_B)
-        output = LossOutput(
-            loss + config.weights.action * imitation,
-            {**logs, "action": imitation.detach()},
-            window.embeds_BLD[..., 0].numel(),
-        )
-        return subgoals.mix(output, generator)
+        return subgoals.mix(next_token_loss(world, batch, config, generator), generator)
 
     def save(step: int) -> None:
         world.save_pretrained(out)
@@ -205,6 +208,23 @@ def train_world(
     )
     write_training_meta(out, "world", config, store, result)
     return result
+
+
+def next_token_loss(
+    world: WorldModel, batch: WindowBatch, config: WorldTraining, generator: torch.Generator
+) -> LossOutput:
+    """Loss of predicting every token of a batch of windows from those before it."""
+    window = window_tokens(world, batch, config.context_noise, generator)
+    positions = torch.arange(window.embeds_BLD.shape[1], device=world.device)
+    hidden = world.backbone.core(window.embeds_BLD, positions, mask=None)
+    found = clean_logits(world.backbone, world.layout, hidden, window.starts)
+    loss, logs = state_loss(found, window.targets, config.weights)
+    imitation = action_loss(world.backbone, world.layout, hidden, window, batch.imitate_B)
+    return LossOutput(
+        loss + config.weights.action * imitation,
+        {**logs, "action": imitation.detach()},
+        window.embeds_BLD[..., 0].numel(),
+    )
 
 
 def _check_out(out: Path, resume: bool) -> None:

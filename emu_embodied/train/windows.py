@@ -38,7 +38,11 @@ class WindowTokens:
 
 
 def window_tokens(
-    world: WorldModel, batch: WindowBatch, context_noise: float, generator: torch.Generator
+    world: WorldModel,
+    batch: WindowBatch,
+    context_noise: float,
+    generator: torch.Generator,
+    shown: StateTokens | None = None,
 ) -> WindowTokens:
     """Tokenise and embed a batch.
 
@@ -47,16 +51,20 @@ def window_tokens(
         batch: on the backbone's device.
         context_noise: see ``disturbed``.
         generator: CPU generator.
+        shown: what the clean stream shows of the states [B, T, ...], if not the data with context noise; the targets are
+            those of the data.
     """
     layout, backbone = world.layout, world.backbone
     proprio_BTP = world.proprio.encode(batch.proprio_BTP)
     action_bins = world.actions.encode(batch.actions_BTKA)
-    context_BTN = disturbed(batch.codes_BTN, layout.vocabulary.vision.size, context_noise, generator)
+    if shown is None:
+        codes_BTN = disturbed(batch.codes_BTN, layout.vocabulary.vision.size, context_noise, generator)
+        shown = StateTokens(codes_BTN, proprio_BTP)
     condition_BTD = backbone.action_embedding(batch.actions_BTKA)
     led_to_BTD = F.pad(condition_BTD, (0, 0, 1, 0))  # no action led to the first state
     embeds = layout.interleave(
         backbone.embed(batch.text_BL),
-        backbone.embed(layout.state_ids(context_BTN, proprio_BTP)) + led_to_BTD[:, :, None],
+        backbone.embed(layout.state_ids(shown.codes, shown.proprio)) + led_to_BTD[:, :, None],
         backbone.embed(layout.action_ids(action_bins)),
     )
     states = slice(1, None)
@@ -67,17 +75,15 @@ def window_tokens(
         batch.success_BT[:, states].long().flatten(),
         (batch.codes_BTN[:, 1:] != batch.codes_BTN[:, :-1]).flatten(0, 1),
     )
-    before = StateTokens(context_BTN[:, :-1], proprio_BTP[:, :-1])
+    before = StateTokens(shown.codes[:, :-1], shown.proprio[:, :-1])
     starts = tuple(layout.state_offset(t) for t in range(1, batch.codes_BTN.shape[1]))
     return WindowTokens(embeds, starts, condition_BTD, action_bins, before, targets)
 
 
-def disturbed(
-    codes_BTN: torch.Tensor, codebook: int, context_noise: float, generator: torch.Generator
-) -> torch.Tensor:
+def disturbed(codes_BTN: torch.Tensor, codebook: int, context_noise: float, generator: torch.Generator) -> torch.Tensor:
     """Frame codes as a model reads them in training: each window replaces a share of them by random ones.
 
-    The share is drawn from U(0, context_noise); so the model learns to live with its own mistakes (GENIE / 1X practice).
+    The share is drawn from U(0, context_noise); so the model learns to live with its mistakes (GENIE / 1X practice).
     """
     share = torch.rand(len(codes_BTN), 1, 1, generator=generator) * context_noise
     replaced = torch.rand(codes_BTN.shape, generator=generator) < share

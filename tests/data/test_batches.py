@@ -52,6 +52,7 @@ def counting(lengths: list[int], envs: list[int] | None = None) -> TokenDataset:
         length_E.cumsum(0) - length_E,
         length_E,
         torch.tensor(envs or [0] * len(lengths)),
+        tuple(("drift",) * (n - 1) for n in lengths),
     )
 
 
@@ -124,12 +125,13 @@ def test_a_dataset_holds_what_was_recorded(store, tokenizer, tmp_path):
         assert np.array_equal(tokens.reward_M[rows], episode.reward_T)
         assert np.array_equal(tokens.success_M[rows], episode.success_T)
         assert tokens.instructions[e] == episode.instruction
+        assert tokens.phases[e] == episode.phases
 
 
 def same(first: TokenDataset, second: TokenDataset) -> bool:
-    names = [name for name in first.__slots__ if name != "instructions"]
-    return first.instructions == second.instructions and all(
-        torch.equal(getattr(first, name), getattr(second, name)) for name in names
+    texts = ("instructions", "phases")
+    return all(getattr(first, name) == getattr(second, name) for name in texts) and all(
+        torch.equal(getattr(first, name), getattr(second, name)) for name in first.__slots__ if name not in texts
     )
 
 

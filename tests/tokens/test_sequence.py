@@ -51,6 +51,39 @@ def test_parse_undoes_interleave(layout, states):
     )
 
 
+@given(layouts(), st.integers(1, 4), st.integers(0, 5))
+def test_parse_undoes_interleave_of_subtasks(layout, states, length):
+    codes, proprio, _ = random_stream(layout, states)
+    sentence = list(b"lift!"[: min(length, layout.text_length)])
+    text = torch.stack([layout.text_ids([])] * 2)
+    subtasks = torch.stack([layout.text_ids(sentence), layout.end_ids()])[:, None].expand(-1, states - 1, -1)
+    ids = layout.interleave(text, layout.state_ids(codes, proprio), subtasks)
+    assert ids.shape == (2, layout.subgoal_length(states - 1) if states > 1 else layout.length(1))
+    text_again, states_again, subtasks_again = layout.parse_subgoals(ids)
+    assert torch.equal(text_again, text) and torch.equal(subtasks_again, subtasks)
+    codes_again, proprio_again = layout.parse_state(states_again)
+    assert torch.equal(codes_again, codes) and torch.equal(proprio_again, proprio)
+    for k in range(states - 1):
+        here = ids[:, layout.keyframe_offset(k) :][:, : layout.state_tokens]
+        assert torch.equal(here, states_again[:, k + 1])
+        # What follows the state before says which role the model plays.
+        assert torch.equal(
+            ids[:, layout.keyframe_offset(k) - layout.text_tokens], layout.follow_ids.ids(torch.arange(2))
+        )
+    ends = layout.sentence_ids
+    assert torch.equal(ends.local(subtasks[..., 1:]) == ends.size - 1, subtasks[..., 1:] == VOCABULARY.special["pad"])
+
+
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, Vocabulary.emu35()], ids=["compact", "emu35"])
+def test_ranges_of_the_planners_role_are_what_the_vocabulary_says(vocabulary):
+    layout = SequenceLayout(
+        vocabulary=vocabulary, text_length=4, cameras=("front",), camera_tokens=2, num_proprio=1, action_dim=1
+    )
+    special = vocabulary.special
+    assert (layout.follow_ids.start, layout.follow_ids.stop - 1) == (special["bos"], special["eos"])
+    assert layout.sentence_ids.stop - 1 == special["pad"] and layout.sentence_ids.start == vocabulary.text.start
+
+
 @given(layouts(), st.integers(1, 3))
 def test_offsets_point_at_segments(layout, states):
     codes, proprio, actions = random_stream(layout, states)

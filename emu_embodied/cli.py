@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import subcommand
 
+from emu_embodied.cli_generate import Generate
 from emu_embodied.cli_train import Device, Train, TrainDida, TrainTokenizer, TrainWorld
 
 if TYPE_CHECKING:
@@ -361,6 +362,7 @@ _SUBCOMMANDS: dict[str, Any] = {
     "plan": Plan,
     "bench": Bench,
     "imagine": Imagine,
+    "generate": Generate,
 }
 Command = (
     Annotated[Doctor, subcommand("doctor")]
@@ -369,6 +371,7 @@ Command = (
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Imagine, subcommand("imagine")]
+    | Annotated[Generate, subcommand("generate")]
 )
 
 

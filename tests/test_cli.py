@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from emu_embodied import cli, cli_train, doctor, world_config
+from emu_embodied import cli, cli_generate, cli_train, doctor, world_config
 from emu_embodied.cli import main
 from emu_embodied.hardware import GLProbe
 from emu_embodied.presets import PRESETS
@@ -29,6 +29,7 @@ COMMANDS = {
     ("plan",): cli.Plan,
     ("bench",): cli.Bench,
     ("imagine",): cli.Imagine,
+    ("generate",): cli_generate.Generate,
 }
 CALLS = {
     ("doctor",): "doctor --json",
@@ -39,6 +40,7 @@ CALLS = {
     ("plan",): "plan --env PandaPush-v0 --checkpoint nano --seed 0 --out DIR",
     ("bench",): "bench --env PandaPush-v0,PandaReach-v0 --policy imagined --checkpoint DIR --episodes 3 --json FILE",
     ("imagine",): "imagine --checkpoint nano --env PandaPush-v0 --episodes 2 --horizon 10 --json FILE --out DIR",
+    ("generate",): "generate --checkpoint DIR --task vla --prompt TEXT --out DIR --greedy",
 }
 
 
@@ -94,7 +96,7 @@ def test_documented_calls_are_understood(words, monkeypatch):
     [
         (["docter"], "unknown subcommand 'docter'; did you mean doctor?"),
         (["train", "wrold"], "unknown subcommand 'wrold'; did you mean world?"),
-        (["fly"], "known: bench, collect, doctor, imagine, plan, train"),
+        (["fly"], "known: bench, collect, doctor, generate, imagine, plan, train"),
         (["plan", "--env", "PandaPush-v0", "--sed", "3"], "unknown flag --sed; did you mean --seed?"),
         (["train", "world", "--max_minuts=3"], "unknown flag --max_minuts; did you mean --max-minutes?"),
         (["doctor", "--jsn"], "unknown flag --jsn; did you mean --json?"),

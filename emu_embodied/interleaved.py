@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event as Signal
@@ -13,7 +13,10 @@ import torch
 from PIL import Image
 
 from emu_embodied.decode.events import Event, Finished, ImageDone, ImageStarted, Note, TextChunk
+from emu_embodied.decode.guidance import RowPrompt
+from emu_embodied.decode.interleaved import generate
 from emu_embodied.decode.settings import GenerationSettings
+from emu_embodied.decode.stream import Answer, StreamGrammar, read_stream
 from emu_embodied.models.checkpoints import read_config
 from emu_embodied.models.config import EmuConfig
 from emu_embodied.models.ibq import IBQ, is_ibq_folder, read_ibq_config, to_frames, to_pixels
@@ -170,10 +173,66 @@ class InterleavedModel:
             resized(image.shape[0], image.shape[1], settings.image_area, self.cell)
         if settings.size is not None and block_length(settings.size) > settings.max_new_tokens:
             raise ValueError(
-                f"an image of {settings.size[0]} x {settings.size[1]} cells is {block_length(settings.size)} tokens, but "
-                f"max_new_tokens is {settings.max_new_tokens}: raise it or choose a smaller size"
+                f"an image of {settings.size[0]} x {settings.size[1]} cells is {block_length(settings.size)} tokens, "
+                f"but max_new_tokens is {settings.max_new_tokens}: raise it or choose a smaller size"
             )
         return self._stream(request, settings, generator, stop)
+
+    def _stream(
+        self,
+        request: GenerationRequest,
+        settings: GenerationSettings,
+        generator: torch.Generator | None,
+        stop: Stop | None,
+    ) -> Iterator[Event]:
+        blocks = [self.encode_image(image, settings.image_area) for image in request.images]
+        size = settings.size
+        if size is None and blocks and settings.same_size:
+            # With several given images the official code means to leave the size open; in fact it takes the last one's.
+            size = (blocks[-1].shape[0], blocks[-1].shape[1])
+        grammar = StreamGrammar(self.markup, self.text.decode_bytes, size, settings.same_size)
+        asked = stop.is_set if isinstance(stop, Signal) else stop or (lambda: False)
+        rows = self.prompt_rows(request, blocks)
+        for event in generate(self.backbone, grammar, rows, settings, generator, asked):
+            yield replace(event, pixels=self.decode_image(event.codes)) if isinstance(event, ImageDone) else event
+
+    def prompt_rows(self, request: GenerationRequest, blocks: Sequence[torch.Tensor]) -> list[RowPrompt]:
+        """The request's prompt, without its words, and without words and images.
+
+        Args:
+            request: the question.
+            blocks: codes int64 [h, w] of each of its images.
+        """
+        made = prompts(request.task, request.prompt, images=len(blocks), steps=request.steps, arm=request.arm)
+        images = [self.markup.block(codes) for codes in blocks]
+        rows = [self._ids(part, images) for part in (made.full, made.no_text, made.nothing)]
+        if not made.sparse:
+            return [RowPrompt(ids) for ids in rows]
+        return [RowPrompt(rows[0]), *(RowPrompt(ids, _places(ids, rows[0], self.markup)) for ids in rows[1:])]
+
+    def read(self, ids: Sequence[int]) -> Answer:
+        """What a finished or broken stream of ids says."""
+        return read_stream(ids, self.markup, self.text.decode_bytes)
+
+    def _ids(self, prompt: str, images: Sequence[list[int]]) -> list[int]:
+        """Ids of a prompt, its ``IMAGE`` places filled."""
+        parts = prompt.split(IMAGE)
+        ids = self.text.encode(parts[0])
+        for image, part in zip(images, parts[1:], strict=False):
+            ids += [*image, *self.text.encode(part)]
+        return ids
+
+
+def _places(kept: Sequence[int], full: Sequence[int], markup: Markup) -> list[int]:
+    """Where the tokens of a prompt without words stand in the full one: its beginning, its images, its last token."""
+    same = next((i for i, (a, b) in enumerate(zip(kept, full, strict=False)) if a != b), len(kept))
+    places = list(range(same))
+    start = same
+    while len(places) < len(kept) - 1:
+        first = full.index(markup.boi, start)
+        start = full.index(markup.eoi, first) + 1
+        places += range(first, start)
+    return [*places, len(full) - 1][: len(kept)]
 
 
 def check_fit(vocabulary: int, text: TextTokenizer, codebook: int) -> None:

@@ -24,6 +24,21 @@ def sample(logits: torch.Tensor, temperature: float, generator: torch.Generator 
     return (probabilities / race.to(probabilities.device)).argmax(-1)
 
 
+def restrict(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
+    """Logits [..., V] with -inf outside the ``top_k`` largest (0: all), then outside the likeliest of mass ``top_p``.
+
+    The token that crosses ``top_p`` is kept, and so are all that equal the k-th largest, as in transformers.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        mass = ordered.softmax(-1)
+        beyond = mass.cumsum(-1) - mass > top_p
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    return logits
+
+
 def uniform(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     """Float32 numbers in [0, 1) of a tensor's shape on its device, drawn where the generator lives."""
     device = like.device if generator is None else generator.device

@@ -80,8 +80,8 @@ class GenerationSettings:
     def for_task(cls, task: str, **changes: Any) -> GenerationSettings:
         """The official numbers of a task, with ``changes``.
 
-        ``t2i`` and ``x2i`` are the numbers of the Emu3.5-Image model; for Emu3.5 itself BAAI recommends guidance 2 there.
-        No numbers were released for ``vla``: it has those of the official default configuration.
+        ``t2i`` and ``x2i`` are the numbers of the Emu3.5-Image model; for Emu3.5 itself BAAI recommends guidance 2
+        there. No numbers were released for ``vla``: it has those of the official default configuration.
 
         Raises:
             ValueError: for an unknown task or a number out of its range.
@@ -95,6 +95,6 @@ _OFFICIAL: dict[str, dict[str, Any]] = {
     "x2i": {"guidance": 3.0, **_IMAGE_MODEL},
     "howto": {"text_top_k": 200, "text_top_p": 0.8, "text_temperature": 0.7},
     "explore": {"text_top_k": 200, "text_top_p": 0.5, "text_temperature": 0.7, "image_top_k": 5120},
-    # Xiaomi-Robotics-U0: control tokens greedy, one grid for all images.
+    # Xiaomi-Robotics-U0, for long sequences of images.
     "subtasks": {"guidance_end": 1.0},
 }

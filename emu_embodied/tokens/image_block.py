@@ -28,7 +28,7 @@ class Markup:
     Attributes:
         text: ids below the first visual one: words, digits and all special tokens.
         vision: ids of the codebook.
-        digits: ids of ``0`` to ``9``.
+        digits: ids of ``0`` to ``9``, one after another.
         times: id of ``*``.
         bos: begin of sequence.
         eos: end of sequence.
@@ -46,7 +46,7 @@ class Markup:
 
     text: IdRange
     vision: IdRange
-    digits: tuple[int, ...]
+    digits: IdRange
     times: int
     bos: int
     eos: int
@@ -76,13 +76,13 @@ class Markup:
             return token
 
         written = tokenizer.encode("0123456789*")
-        if len(set(written)) != 11:
-            raise ValueError("the text tokenizer does not write each digit as a token of its own: it is not Emu3.5's")
+        if len(written) != 11 or written[:10] != list(range(written[0], written[0] + 10)):
+            raise ValueError("the text tokenizer does not write digits as ten tokens in a row: it is not Emu3.5's")
         first = tokenizer.first_visual
         return cls(
             text=IdRange(0, first),
             vision=IdRange(first, codebook),
-            digits=tuple(written[:10]),
+            digits=IdRange(written[0], 10),
             times=written[10],
             bos=named("extra_203"),
             eos=named("extra_204"),
@@ -100,14 +100,13 @@ class Markup:
 
     def size_ids(self, size: tuple[int, int]) -> list[int]:
         """``h*w`` as ids."""
-        rows, columns = ([self.digits[int(digit)] for digit in str(side)] for side in size)
+        rows, columns = ([self.digits.start + int(digit) for digit in str(side)] for side in size)
         return [*rows, self.times, *columns]
 
     def read_size(self, ids: Sequence[int]) -> tuple[int, int] | None:
         """(rows, columns) of the ids between BOI and IMG, or None if they are not two numbers from 1 on."""
-        written = "".join(
-            "*" if i == self.times else str(self.digits.index(i)) if i in self.digits else "?" for i in ids
-        )
+        zero = self.digits.start
+        written = "".join("*" if i == self.times else str(i - zero) if 0 <= i - zero < 10 else "?" for i in ids)
         sides = written.split("*")
         if len(sides) != 2 or not all(side.isdigit() and len(side) <= 4 and int(side) for side in sides):
             return None
@@ -203,7 +202,8 @@ def grid(aspect: str, area: int | None = None, cell: int = 16) -> tuple[int, int
     parts = aspect.replace("x", ":").split(":")
     if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
         raise ValueError(
-            f"image size {aspect!r}: give auto, an aspect W:H such as {', '.join(ASPECTS)}, or pixels HxW such as 512x768"
+            f"image size {aspect!r}: give auto, an aspect W:H such as {', '.join(ASPECTS)}, or pixels HxW "
+            "such as 512x768"
         )
     first, second = (int(part) for part in parts)
     if "x" in aspect:

@@ -14,8 +14,8 @@ manipulation; and ``subtasks``, the embodied planning prompt of Xiaomi-Robotics-
 _BOS, _BSS = "<|extra_203|>", "<|extra_100|>"
 _INTERLEAVE = " Please generate a response with interleaved text and images."
 _SUBTASKS = (
-    f"{_BOS}You are a helpful assistant for embodied subtask planning. You are given a task instruction and the initial "
-    "observation. Your task is to predict the interleaved subtask and observation to finish the task."
+    f"{_BOS}You are a helpful assistant for embodied subtask planning. You are given a task instruction and the "
+    "initial observation. Your task is to predict the interleaved subtask and observation to finish the task."
 )
 
 

@@ -92,6 +92,14 @@ class TextTokenizer:
         Raises:
             ValueError: if an id is outside the vocabulary.
         """
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes of ids: a token may end within a character, which only its successors complete.
+
+        Raises:
+            ValueError: if an id is outside the vocabulary.
+        """
         pieces: list[bytes] = []
         run: list[int] = []
         for token in ids:
@@ -100,7 +108,7 @@ class TextTokenizer:
                 continue
             pieces += (self._bytes.decode_bytes(run), self.special_name(token).encode())
             run = []
-        return b"".join([*pieces, self._bytes.decode_bytes(run)]).decode("utf-8", errors="replace")
+        return b"".join([*pieces, self._bytes.decode_bytes(run)])
 
     def special_id(self, name: str) -> int | None:
         """Id of a special token by its name, e.g. ``<|visual token 000000|>``; None if there is no such token."""

@@ -7,8 +7,8 @@ physics engine is imported before an environment is made.
 if __name__ == "envs":
     raise ImportError("import emu_embodied.envs: the folder is one package with emu_embodied")
 
-from emu_embodied.envs.registry import env_ids, make, register_all
+from emu_embodied.envs.registry import env_ids, make, register_all, suite_ids
 
-__all__ = ["env_ids", "make"]
+__all__ = ["env_ids", "make", "suite_ids"]
 
 register_all()

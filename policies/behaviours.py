@@ -14,8 +14,10 @@ import numpy as np
 
 from emu_embodied.data.recording import Behaviour
 from emu_embodied.envs.panda import PandaEnv
+from emu_embodied.envs.suites.world import SuiteEnv
 from emu_embodied.envs.tasks import WORKSPACE_HIGH, WORKSPACE_LOW
 from emu_embodied.policies.random import RandomPolicy
+from emu_embodied.policies.rehearsal import make_expert, make_noisy, make_play
 from emu_embodied.policies.scripted import HOVER, OPEN, SHUT, ScriptedPolicy, Waypoint, held_action
 from emu_embodied.records import Observation
 
@@ -180,24 +182,36 @@ class Play:
                 return
 
 
-def _expert(simulator: PandaEnv, rng: np.random.Generator) -> Behaviour:
-    return ScriptedPolicy(simulator)
+Worlds = PandaEnv | SuiteEnv
+"""What there are behaviours for; a suite brings its own experts."""
 
 
-def _random(simulator: PandaEnv, rng: np.random.Generator) -> Behaviour:
-    return RandomPolicy(simulator.block, 4, rng)
+def _expert(simulator: Worlds, rng: np.random.Generator) -> Behaviour:
+    return make_expert(simulator, rng) if isinstance(simulator, SuiteEnv) else ScriptedPolicy(simulator)
 
 
-BEHAVIOURS: dict[str, Callable[[PandaEnv, np.random.Generator], Behaviour]] = {
+def _noisy(simulator: Worlds, rng: np.random.Generator) -> Behaviour:
+    return make_noisy(simulator, rng) if isinstance(simulator, SuiteEnv) else NoisyExpert(simulator, rng)
+
+
+def _play(simulator: Worlds, rng: np.random.Generator) -> Behaviour:
+    return make_play(simulator, rng) if isinstance(simulator, SuiteEnv) else Play(simulator, rng)
+
+
+def _random(simulator: Worlds, rng: np.random.Generator) -> Behaviour:
+    return RandomPolicy(simulator.block, int(simulator.action_space.shape[0]), rng)
+
+
+BEHAVIOURS: dict[str, Callable[[Worlds, np.random.Generator], Behaviour]] = {
     "expert": _expert,
-    "noisy": NoisyExpert,
-    "play": Play,
+    "noisy": _noisy,
+    "play": _play,
     "random": _random,
 }
 """Name -> factory; the names are what episodes are labelled with (``Episode.source``)."""
 
 
-def make_behaviour(name: str, simulator: PandaEnv, rng: np.random.Generator) -> Behaviour:
+def make_behaviour(name: str, simulator: Worlds, rng: np.random.Generator) -> Behaviour:
     """Make a behaviour.
 
     Raises:

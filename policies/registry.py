@@ -131,12 +131,14 @@ def make_policy(
         # Not the bare seed: an environment draws its scene from that stream, and a policy must not follow it.
         return RandomPolicy(simulator.block, action_dim, np.random.default_rng([seed, 1]))
     if spec.name == "scripted":
-        from emu_embodied.envs.panda import PandaEnv  # not above: not everyone who plans has an engine at hand
-        from emu_embodied.policies.scripted import ScriptedPolicy
+        # Not above: not everyone who plans has an engine at hand.
+        from emu_embodied.envs.panda import PandaEnv
+        from emu_embodied.envs.suites.world import SuiteEnv
+        from emu_embodied.policies.behaviours import make_behaviour
 
-        if not isinstance(simulator, PandaEnv):
+        if not isinstance(simulator, PandaEnv | SuiteEnv):
             raise ValueError(f"there is no scripted expert for {simulator.env_id}; try another policy")
-        return ScriptedPolicy(simulator)
+        return make_behaviour("expert", simulator, np.random.default_rng([seed, 2]))
     if spec.needs_model and world_model is None:
         raise ValueError(
             f"the {spec.name} policy with objective {spec.objective} needs a world model: give a checkpoint"

@@ -1,0 +1,438 @@
+"""Every suite that is installed keeps the contracts that our own worlds keep; a fake one keeps them everywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from emu_embodied.envs import env_ids, make, suite_ids
+from emu_embodied.envs.registry import check_env_id
+from emu_embodied.envs.suites import catalog
+from emu_embodied.envs.suites.catalog import SUITES, Limit, Suite
+from emu_embodied.envs.suites.world import SuiteEnv
+from emu_embodied.envs.tasks import MAX_INSTRUCTION
+from emu_embodied.policies.behaviours import BEHAVIOURS, make_behaviour
+from emu_embodied.policies.registry import PolicySpec
+from emu_embodied.records import Transition
+from tests.envs.fake_world import FakeWorld
+
+ROOT = Path(__file__).parents[2]
+TRIED = {
+    "metaworld": ("MetaWorld/reach-v3", "MetaWorld/door-open-v3"),
+    "pusht": ("PushT",),
+}
+"""Suite -> the ids that every contract is tried on: the others differ in data only."""
+CASES = ("fake", *(env_id for ids in TRIED.values() for env_id in ids))
+
+
+def make_case(case: str) -> SuiteEnv:
+    if case == "fake":
+        return SuiteEnv(FakeWorld(), env_id="Fake/Go")
+    suite = next(suite for suite, ids in TRIED.items() if case in ids)
+    if reason := SUITES[suite].missing():
+        pytest.skip(reason)
+    env = make(case)
+    assert isinstance(env, SuiteEnv)
+    return env
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[Callable[[str], SuiteEnv]]:
+    envs: dict[str, SuiteEnv] = {}
+
+    def get(case: str) -> SuiteEnv:
+        if case not in envs:
+            envs[case] = make_case(case)
+        return envs[case]
+
+    yield get
+    for env in envs.values():
+        env.close()
+
+
+@pytest.fixture(params=CASES)
+def env(request: pytest.FixtureRequest, made: Callable[[str], SuiteEnv]) -> SuiteEnv:
+    return made(request.param)
+
+
+def blocks(env: SuiteEnv, seed: int, count: int) -> np.ndarray:
+    """Actions held over blocks, so that they lead somewhere."""
+    dims = env.action_space.shape[0]
+    held = np.random.default_rng(seed).uniform(-1, 1, (count, 1, dims)).astype(np.float32)
+    return np.repeat(held, env.block, axis=1)
+
+
+def digest(transition: Transition) -> str:
+    arrays = [
+        *transition.observation.frames.values(),
+        transition.observation.proprio,
+        transition.rewards_K,
+        np.array(sorted(transition.terms.items(), key=lambda item: item[0]), dtype="U32"),
+    ]
+    return hashlib.sha1(b"".join(a.tobytes() for a in arrays)).hexdigest()
+
+
+def true_state(env: SuiteEnv) -> bytes:
+    return repr(flat(env.world.save())).encode()
+
+
+def flat(value: object) -> object:
+    """A saved state as something whose text is all of it."""
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    if isinstance(value, dict):
+        return {key: flat(each) for key, each in sorted(value.items())}
+    if isinstance(value, list | tuple):
+        return [flat(each) for each in value]
+    fields = getattr(type(value), "__dataclass_fields__", None)
+    return [flat(getattr(value, name)) for name in fields] if fields else repr(value)
+
+
+def rollout(env: SuiteEnv, actions_TKA: np.ndarray) -> list[str]:
+    """Outcomes of some blocks, the first drawn, with the true state after them."""
+    seen = [digest(env.step_block(actions_KA, render=i == 0)) for i, actions_KA in enumerate(actions_TKA)]
+    return [*seen, hashlib.sha1(true_state(env)).hexdigest()]
+
+
+def test_gymnasium_accepts_it(env: SuiteEnv) -> None:
+    check_env(env, skip_close_check=True, skip_render_check=True)
+    picture = env.render()
+    assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
+
+
+def test_same_seed_same_bytes_whatever_came_before(env: SuiteEnv) -> None:
+    actions = blocks(env, 0, 3)
+    env.reset(seed=3)
+    start, first = true_state(env), rollout(env, actions)
+    env.reset(seed=4)
+    assert true_state(env) != start
+    rollout(env, blocks(env, 1, 2))
+    env.reset(seed=3)
+    assert true_state(env) == start
+    assert rollout(env, actions) == first
+
+
+@pytest.mark.parametrize("before", [0, 4])
+def test_restoring_is_exact(env: SuiteEnv, before: int) -> None:
+    check_restoring(env, before)
+
+
+def check_restoring(env: SuiteEnv, before: int) -> None:
+    env.reset(seed=11)
+    expert = make_behaviour("expert", env, np.random.default_rng(0))
+    for _ in range(before):  # to where something is touched
+        env.step_block(expert.act(env.observe(render=False)), render=False)
+    actions = blocks(env, 2, 4)
+    snapshot, seen, state = env.snapshot(), env.observe(), true_state(env)
+    terms = env.reward_terms()
+    expected, draw = rollout(env, actions[:3]), env.np_random.random()
+    env.step_block(actions[3], render=False)
+    for _ in range(2):
+        env.restore(snapshot)
+        assert env.elapsed == env.block * before
+        assert true_state(env) == state
+        assert env.reward_terms() == terms
+        again = env.observe()
+        assert all(np.array_equal(seen.frames[name], again.frames[name]) for name in seen.frames)
+        assert np.array_equal(seen.proprio, again.proprio)
+        assert rollout(env, actions[:3]) == expected
+        assert env.np_random.random() == draw
+
+
+def test_restoring_an_earlier_episode_brings_its_scene_back(env: SuiteEnv) -> None:
+    env.reset(seed=11)
+    actions = blocks(env, 2, 2)
+    env.step_block(actions[0], render=False)
+    snapshot = env.snapshot()
+    expected = rollout(env, actions)
+    for seed in (12, 13):
+        env.reset(seed=seed)
+        env.step_block(blocks(env, seed, 1)[0], render=False)
+        env.restore(snapshot)
+        assert rollout(env, actions) == expected
+
+
+def test_snapshots_of_another_environment_are_refused(made: Callable[[str], SuiteEnv]) -> None:
+    other = SuiteEnv(FakeWorld(), env_id="Fake/Other")
+    other.reset(seed=0)
+    with pytest.raises(ValueError, match="Fake/Other"):
+        made("fake").restore(other.snapshot())
+
+
+def test_a_block_is_its_steps(env: SuiteEnv) -> None:
+    actions_KA = blocks(env, 5, 1)[0]
+    env.reset(seed=8)
+    single = [env.step(action) for action in actions_KA]
+    env.reset(seed=8)
+    transition = env.step_block(actions_KA)
+    last = single[-1][0]
+    assert np.array_equal(transition.rewards_K, np.array([reward for _, reward, *_ in single], np.float32))
+    assert np.array_equal(transition.observation.proprio, last["proprio"])
+    assert all(np.array_equal(frame, last[name]) for name, frame in transition.observation.frames.items())
+    assert transition.success_any == any(info["success"] for *_, info in single)
+    assert transition.terms == single[-1][4]["terms"]
+
+
+def test_rewards_are_their_terms(env: SuiteEnv) -> None:
+    weights = env.world.weights
+    assert sum(weights.values()) == pytest.approx(1.0)
+    env.reset(seed=6)
+    assert 0 <= env.reward() <= 1
+    for actions_KA in blocks(env, 7, 4):
+        transition = env.step_block(actions_KA, render=False)
+        assert transition.observation.frames == {}
+        assert all(0 <= value <= 1 for value in transition.terms.values())
+        total = sum(weight * transition.terms[name] for name, weight in weights.items())
+        assert transition.rewards_K[-1] == pytest.approx(total, abs=1e-6)
+
+
+def test_the_step_budget_is_part_of_the_snapshot(made: Callable[[str], SuiteEnv]) -> None:
+    env = made("fake")
+    env.reset(seed=0)
+    still = np.zeros((5, 2), np.float32)
+    for _ in range(5):
+        assert not env.step_block(still, render=False).truncated
+    snapshot = env.snapshot()
+    assert env.step_block(still, render=False).truncated
+    env.restore(snapshot)
+    assert env.step_block(still, render=False).truncated
+
+
+def test_the_goal_observation_shows_the_solved_task(env: SuiteEnv) -> None:
+    env.reset(seed=9)
+    env.step_block(blocks(env, 0, 1)[0], render=False)
+    before, state, snapshot = env.observe(), true_state(env), env.snapshot()
+    goal = env.goal_observation()
+    assert true_state(env) == state
+    eye = env.cameras[0]
+    assert np.array_equal(before.frames[eye], env.observe().frames[eye])
+    assert not np.array_equal(goal.frames[eye], before.frames[eye])
+    assert goal.instruction == before.instruction
+    expected = rollout(env, blocks(env, 1, 1))
+    env.restore(snapshot)
+    # Of the same episode it is the same picture, wherever the episode has got to.
+    assert np.array_equal(env.goal_observation().frames[eye], goal.frames[eye])
+    assert rollout(env, blocks(env, 1, 1)) == expected
+
+
+@pytest.mark.parametrize("places", [True, False])
+def test_goal_pictures_are_of_states_that_solve_the_task(places: bool) -> None:
+    env = SuiteEnv(FakeWorld(places=places), env_id="Fake/Go")
+    env.reset(seed=1)
+    goal_x, goal_y = env.world.save()[2:4]
+    assert env.goal_observation().proprio == pytest.approx([goal_x, goal_y], abs=0.1)
+
+
+def test_without_expert_and_placing_there_is_no_goal_picture() -> None:
+    env = SuiteEnv(FakeWorld(places=False, expert=False), env_id="Fake/Go")
+    env.reset(seed=1)
+    state = env.world.save()
+    with pytest.raises(ValueError, match="--objective reward"):
+        env.goal_observation()
+    assert env.world.save() == state
+
+
+def test_instructions_fit_what_models_read(env: SuiteEnv) -> None:
+    text = env.world.instruction
+    assert text == text.lower() and 0 < len(text) <= MAX_INSTRUCTION
+
+
+@pytest.mark.parametrize("source", BEHAVIOURS)
+def test_behaviours_give_blocks_and_leave_the_simulator_alone(env: SuiteEnv, source: str) -> None:
+    env.reset(seed=2)
+    behaviour = make_behaviour(source, env, np.random.default_rng(1))
+    behaviour.reset(env.observe(render=False))
+    for _ in range(3):
+        state = true_state(env)
+        actions_KA = behaviour.act(env.observe(render=False))
+        assert true_state(env) == state
+        assert actions_KA.shape == (env.block, *env.action_space.shape) and actions_KA.dtype == np.float32
+        assert np.abs(actions_KA).max() <= 1
+        assert behaviour.phase
+        env.step_block(actions_KA, render=False)
+
+
+def test_behaviours_draw_from_their_generator_alone(env: SuiteEnv) -> None:
+    def play(seed: int) -> list[bytes]:
+        env.reset(seed=2)
+        behaviour = make_behaviour("noisy", env, np.random.default_rng(seed))
+        behaviour.reset(env.observe(render=False))
+        taken = []
+        for _ in range(3):
+            taken.append(behaviour.act(env.observe(render=False)))
+            env.step_block(taken[-1], render=False)
+        return [actions.tobytes() for actions in taken]
+
+    assert play(1) == play(1) != play(2)
+
+
+def test_experts_solve_the_task(env: SuiteEnv) -> None:
+    solved = 0
+    for seed in range(3):
+        env.reset(seed=seed)
+        policy = PolicySpec(name="scripted").build(env, seed)
+        policy.reset(env.observe(render=False))
+        transition = None
+        while transition is None or not (transition.success_any or transition.truncated):
+            transition = env.step_block(policy.act(env.observe(render=False)), render=False)
+        solved += transition.success_any
+    assert solved >= 2
+
+
+# Meta-World
+
+
+def test_metaworld_names_all_its_tasks() -> None:
+    if reason := SUITES["metaworld"].missing():
+        pytest.skip(reason)
+    import metaworld
+
+    from emu_embodied.envs.suites.metaworld import INSTRUCTIONS
+
+    assert sorted(SUITES["metaworld"].tasks.values()) == sorted(metaworld.ALL_V3_ENVIRONMENTS)
+    assert sorted(f"{task}-v3" for task in INSTRUCTIONS) == sorted(metaworld.ALL_V3_ENVIRONMENTS)
+    assert all(len(text) <= MAX_INSTRUCTION for text in INSTRUCTIONS.values())
+
+
+def test_metaworld_keeps_goals_for_evaluation(made: Callable[[str], SuiteEnv]) -> None:
+    env = made("MetaWorld/reach-v3")
+
+    def goals(seeds: range) -> set[bytes]:
+        found = set()
+        for seed in seeds:
+            env.reset(seed=seed)
+            found.add(env.world._env._target_pos.tobytes())
+        return found
+
+    assert not goals(range(20)) & goals(range(10**6, 10**6 + 20))
+
+
+def test_drawing_leaves_metaworlds_physics_alone(made: Callable[[str], SuiteEnv]) -> None:
+    """Decimated meshes live in the renderer's copy; the model that moves is the suite's, face by face."""
+    env = made("MetaWorld/door-open-v3")
+    import metaworld
+    import mujoco
+
+    env.reset(seed=0)
+    ours = env.world._env
+    drawn = env.world._view._renderer._model
+    assert drawn.mesh_facenum.sum() < 0.15 * ours.model.mesh_facenum.sum()
+    theirs = metaworld.ALL_V3_ENVIRONMENTS["door-open-v3"]()
+    for name in ("mesh_vert", "mesh_face", "geom_size", "body_mass", "body_inertia", "dof_damping", "geom_friction"):
+        assert np.array_equal(getattr(ours.model, name), getattr(theirs.model, name)), name
+    from emu_embodied.envs.suites.metaworld import _goals
+
+    theirs.set_task(_goals("door-open-v3", "test")[env.world._goal])
+    mujoco.mj_resetData(theirs.model, theirs.data)
+    theirs.reset()
+    for action in np.random.default_rng(0).uniform(-1, 1, (15, 4)).astype(np.float32):
+        env.step(action)  # draws
+        _, reward, *_ = theirs.step(action.astype(float))
+        assert ours.data.qpos.tobytes() == theirs.data.qpos.tobytes()
+        assert ours.data.qvel.tobytes() == theirs.data.qvel.tobytes()
+        assert env.reward() == pytest.approx(reward / 10)
+    theirs.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", suite_ids("metaworld"))
+def test_every_metaworld_task_restores_exactly(env_id: str) -> None:
+    if reason := SUITES["metaworld"].missing():
+        pytest.skip(reason)
+    env = make(env_id)
+    check_restoring(env, 12)
+    env.close()
+
+
+# Push-T
+
+
+def test_forgetting_contacts_hardly_moves_the_t(made: Callable[[str], SuiteEnv]) -> None:
+    env = made("PushT")
+    from gym_pusht.envs.pusht import PushTEnv
+
+    from emu_embodied.envs.suites.pusht import PushT
+
+    for seed in (4, 8):
+        env.reset(seed=seed)
+        world = env.world
+        twin = PushT("PushT")
+        twin.load(world.save())
+        theirs: PushTEnv = twin._env  # stepped by itself, it keeps its contacts
+        pusher = world.player(np.random.default_rng(seed))
+        begin = np.array(theirs.block.position)
+        for _ in range(25):
+            action = pusher.act()
+            theirs.step(np.clip(np.array(theirs.agent.position) + 100 * action, 20, 492))
+            world.advance(action)
+        assert np.linalg.norm(world.block().position - begin) > 10
+        assert np.abs(world.block().position - np.array(theirs.block.position)).max() < 0.1
+        assert abs(world.block().angle - theirs.block.angle) < 0.01
+
+
+def test_pushes_come_from_all_sides(made: Callable[[str], SuiteEnv]) -> None:
+    env = made("PushT")
+    sides = set()
+    for seed in range(6):
+        env.reset(seed=seed)
+        play = env.world.player(np.random.default_rng(seed))
+        for _ in range(60):
+            env.step(play.act())
+            block = env.world.block()
+            if play.phase == "push" and block.distance(env.world.agent[None])[0] < 16.5:
+                away = env.world.agent - block.middle
+                sides.add(int((np.arctan2(away[1], away[0]) - block.angle) % (2 * np.pi) // (np.pi / 2)))
+    assert sides == {0, 1, 2, 3}
+
+
+# What is not there
+
+
+def test_unknown_names_are_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean 'MetaWorld/reach-v3'"):
+        check_env_id("MetaWorld/reech-v3")
+    with pytest.raises(ValueError, match="did you mean 'metaworld'"):
+        suite_ids("metawolrd")
+    with pytest.raises(ValueError, match="did you mean 'eye'"):
+        SuiteEnv(FakeWorld(), env_id="Fake/Go", cameras=("eyes",))
+
+
+def test_a_suite_that_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = Suite(name="absent", tasks={"Absent/Task": "t"}, world="absent:Absent", modules=("no_such_module_here",))
+    monkeypatch.setitem(catalog.SUITES, "absent", absent)
+    with pytest.raises(ImportError, match=r"no_such_module_here.*pip install 'emu-embodied\[suites\]'"):
+        catalog.make_suite_env("absent", "Absent/Task")
+
+
+def test_wrong_versions_say_which_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = Suite(name="old", tasks={}, world="", modules=(), limits=(Limit("mujoco", (3, 2), "the layout changed"),))
+    assert "from 3.2 on the layout changed" in (old.missing() or "")
+    assert Suite(name="new", tasks={}, world="", modules=(), limits=(Limit("mujoco", (99,), "x"),)).missing() is None
+    installed = {"dm-control": "1.0.28", "mujoco": "3.8.1"}
+    monkeypatch.setattr(catalog, "_version", installed.get)
+    assert "made for mujoco 3.3" in (catalog._dm_control_mismatch("ogbench") or "")
+    installed["mujoco"] = "3.3.0"
+    assert catalog._dm_control_mismatch("ogbench") is None
+
+
+def test_our_own_worlds_are_a_suite_too() -> None:
+    assert set(suite_ids("panda")) <= set(env_ids())
+    assert all("Bullet" not in env_id for env_id in suite_ids("panda"))
+
+
+def test_suites_are_registered_and_import_nothing() -> None:
+    assert "MetaWorld/reach-v3" in gymnasium.registry
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import emu_embodied.envs\n"
+        "print({'mujoco', 'metaworld', 'gym_pusht', 'torch'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from emu_embodied.records import Belief, Field, Frames, Imagination, Observation, Plan, Transition
+from emu_embodied.records import Belief, Field, Frames, Imagination, Observation, Plan, Subgoal, Transition
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +94,16 @@ class WorldModel(Protocol):
 
     def render(self, imagination: Imagination, plans: Sequence[int], horizons: Sequence[int]) -> Frames:
         """Decode imagined frames: camera -> uint8 [len(plans), len(horizons), height, width, 3]."""
+        ...
+
+
+class SubgoalModel(Protocol):
+    """Says what to do next, in words and pictures, from any state of a task."""
+
+    def propose(
+        self, observation: Observation, steps: int, generator: torch.Generator | None = None
+    ) -> tuple[Subgoal, ...]:
+        """The next subtasks, at most ``steps``; fewer where nothing is left to do after them, none where it is done."""
         ...
 
 

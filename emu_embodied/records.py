@@ -156,6 +156,27 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Subgoal:
+    """A subtask: in words, and as the state that completes it. What a model cannot foretell is None.
+
+    Attributes:
+        text: its sentence.
+        tokens_N: int64 [N], frame tokens of that state.
+        proprio_P: float32 [P], its proprio in the units of the environment.
+        reward: its reward in [0, 1].
+        success: probability that it solves the task.
+        frames: its pictures, where the model made them as pixels; else they are decoded from the tokens.
+    """
+
+    text: str
+    tokens_N: torch.Tensor
+    proprio_P: torch.Tensor | None = None
+    reward: float | None = None
+    success: float | None = None
+    frames: Frames = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Meta:
     """Where a result or checkpoint comes from; written beside every one (see ``emu_embodied.provenance``)."""
 

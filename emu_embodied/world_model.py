@@ -17,11 +17,12 @@ from emu_embodied.decode.autoregressive import SequentialDecoder
 from emu_embodied.decode.dida import DecodedState, ParallelDecoder, StateDecoder
 from emu_embodied.decode.grammar import StateLogits, expected_bin
 from emu_embodied.decode.paths import StatePath, known_path, make_path
+from emu_embodied.decode.subgoals import SubgoalDecoder
 from emu_embodied.files import write_json
 from emu_embodied.models.cache import KVCache
 from emu_embodied.models.ibq import IBQ
 from emu_embodied.models.transformer import EmuForCausalLM
-from emu_embodied.records import Belief, Frames, Imagination, Observation
+from emu_embodied.records import Belief, Frames, Imagination, Observation, Subgoal
 from emu_embodied.tokens.actions import ActionTokenizer
 from emu_embodied.tokens.frames import IBQFrameTokenizer
 from emu_embodied.tokens.sequence import StateTokens
@@ -263,6 +264,45 @@ class WorldModel:
             flat = self.frames.decode(per_camera[:, :, i].flatten(0, 1))
             rendered[camera] = flat.reshape(len(plans), len(horizons), *flat.shape[1:])
         return rendered
+
+    # -- propose -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def propose(
+        self, observation: Observation, steps: int, generator: torch.Generator | None = None
+    ) -> tuple[Subgoal, ...]:
+        """Name the next subtasks and picture their completion, as ``SubgoalModel`` says.
+
+        Only this observation is read: the windows that it was learned from begin with the present state.
+
+        Raises:
+            ValueError: if the weights were never trained on subtasks, or the observation is not what they were trained
+                on.
+        """
+        if not self.config.subgoals:
+            raise ValueError(
+                "these weights know no subtasks: adapt them with `emu-embodied train dida --subgoal-share 0.25`"
+            )
+        if steps < 1:
+            raise ValueError(f"{steps} subtasks: ask for at least 1")
+        instruction = self.layout.text_ids(self.text.encode(observation.instruction))[None].to(self.device)
+        codes_N, proprio_P, _ = self._state(observation, None)
+        current = StateTokens(codes_N, self.proprio.encode(proprio_P)).expand(1)
+        decoder = SubgoalDecoder(self.backbone, self.layout, self.decoder, self.config.temperature)
+        proposed = []
+        for found in decoder.decode(instruction, current, steps, generator):
+            logits = found.state.logits
+            _check_finite(logits, len(proposed))
+            proposed.append(
+                Subgoal(
+                    self.text.decode(found.text),
+                    found.state.codes_SN[0],
+                    self.proprio.decode(expected_bin(logits.proprio))[0],
+                    float(self.reward.decode(expected_bin(logits.reward))[0]),
+                    float(torch.softmax(logits.success, -1)[0, 1]),
+                )
+            )
+        return tuple(proposed)
 
     # -- pieces of the stream ----------------------------------------------------------------------------------------
 

@@ -148,6 +148,10 @@ class TrainDida(_WorldStage):
     path: str | None = None
     """Noise processes, comma-separated: uniform, metric, state_coupled, mask. Each noisy copy of a state draws one; the
     model then decodes with the first. By default those that the checkpoint was adapted with, else uniform."""
+    own_steps: int = 0
+    """In a quarter of the windows, states follow the model's own predictions instead of the data, so often in a row."""
+    distilled_windows: int = 0
+    """Windows that the next-token model samples before training; half of every batch is then drawn from them."""
 
     def run(self) -> int:
         """Train."""
@@ -171,9 +175,8 @@ class TrainDida(_WorldStage):
         paths = asked or world.config.paths or ("uniform",)
         print(f"adapting: {source}, noise: {', '.join(paths)}")
         inherit_meta(checkpoint_folder(source), self.out)
-        result = train_dida(
-            store, world, self._training(), self.out, resume=self.resume, paths=paths, subtasks=subtasks
-        )
+        config = replace(self._training(), own_steps=self.own_steps, distilled_windows=self.distilled_windows)
+        result = train_dida(store, world, config, self.out, resume=self.resume, paths=paths, subtasks=subtasks)
         return self._report(
             result, f"adapted world model in {self.out}; next: emu-embodied plan --checkpoint {self.out}"
         )

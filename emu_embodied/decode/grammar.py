@@ -26,6 +26,10 @@ class StateLogits:
     reward: torch.Tensor
     success: torch.Tensor
 
+    def at(self, rows_S: torch.Tensor | slice) -> StateLogits:
+        """Those of some states."""
+        return StateLogits(self.frame[rows_S], self.proprio[rows_S], self.reward[rows_S], self.success[rows_S])
+
 
 def state_logits(backbone: EmuForCausalLM, layout: SequenceLayout, hidden_SLD: torch.Tensor) -> StateLogits:
     """Read a state out of the hidden vectors [S, state_tokens, D] of its segment.

@@ -51,6 +51,12 @@ def attend(
             own = query.new_zeros(1, key.shape[2] - length) if bias is None else bias
             first = query.new_zeros(1, length) if prefix_bias is None else prefix_bias
             bias = torch.cat([first.expand(*own.shape[:-1], length), own], dim=-1)
+    sequences, tokens, heads, width = query.shape
+    groups = key.shape[1]
+    if tokens == 1 and heads != groups and bias is None:
+        # Heads that share keys become rows of one product, which reads the keys once.
+        rows = query.view(sequences, groups, heads // groups, width)
+        return F.scaled_dot_product_attention(rows, key, value, dropout_p=dropout).view(query.shape)
     return F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key,
@@ -58,7 +64,7 @@ def attend(
         attn_mask=bias,
         is_causal=causal,
         dropout_p=dropout,
-        enable_gqa=query.shape[2] != key.shape[1],
+        enable_gqa=heads != groups,
     ).transpose(1, 2)
 
 
@@ -79,6 +85,10 @@ def attend_with_copies(
     Returns:
         [S, L, H, D].
     """
+    if copies.flex and query.is_cuda and not dropout:
+        from emu_embodied.models.flex import attend_with_copies_flex  # importing its compiler takes seconds
+
+        return attend_with_copies_flex(query, key, value, copies)
     clean, length = copies.clean_length, copies.block_length
     mixed = [attend(query[:, :clean], key[:, :, :clean], value[:, :, :clean], causal=True, dropout=dropout)]
     for index, start in enumerate(copies.block_starts):

@@ -71,11 +71,13 @@ class NoisyCopies:
         clean_length: tokens of the clean stream.
         block_starts: position in the clean stream at which each copied block begins.
         block_length: tokens of one copy.
+        flex: compute it by FlexAttention where there is a GPU and no dropout, else piece by piece.
     """
 
     clean_length: int
     block_starts: tuple[int, ...]
     block_length: int
+    flex: bool = False
 
     def dense(self, device: torch.device | str | None = None) -> torch.Tensor:
         """The same as a mask."""

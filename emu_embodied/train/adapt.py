@@ -21,8 +21,8 @@ from emu_embodied.train.loop import LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import state_loss
 from emu_embodied.train.noise import draw_copies, noisy_logits, sample_times
 from emu_embodied.train.pretrain import WorldTraining, prepare_data, write_training_meta
-from emu_embodied.train.subgoals import SubgoalTraining
 from emu_embodied.train.rollout import own_samples, self_fed, with_own_samples
+from emu_embodied.train.subgoals import SubgoalTraining
 from emu_embodied.train.windows import action_loss
 from emu_embodied.world_config import WorldModelConfig
 from emu_embodied.world_model import WorldModel
@@ -64,7 +64,9 @@ def train_dida(
     held = out / "world.json"
     if held.exists() and not resume and WorldModelConfig.load(held).paths:
         raise ValueError(f"{out} holds an adapted world model: pass --resume to continue it, or another --out")
-    world.frames.ibq.to(pick_device(config.loop.device))
+    device = pick_device(config.loop.device)
+    world.frames.ibq.to(device)
+    world.backbone.to(device)
     tokens = encode_dataset(store, world.frames, world.config.cameras, out / "tokens.safetensors")
     data = prepare_data(world, tokens, config.held_out)
     adapted = WorldModel(replace(world.config, paths=paths, decoding="dida"), world.backbone, world.frames)
@@ -126,14 +128,15 @@ def dida_loss(
         paths: noise processes, one of which every copy draws.
         generator: CPU generator.
     """
-    window, own_B = self_fed(world, batch, config, paths, generator)
+    window, fed = self_fed(world, batch, config, paths, generator)
     shape = (len(batch.codes_BTN), len(window.starts))
     times = sample_times(shape, config.noise_shift, config.source_share, generator, asynchronous=config.async_times)
-    views = noisy_logits(world, window, draw_copies(paths, window, times, generator))
+    views = noisy_logits(world, window, draw_copies(paths, window, times, generator), flex=config.flex_attention)
     noisy, logs = state_loss(views.noisy, window.targets, config.weights)
-    given_M = ~own_B.repeat_interleave(shape[1])  # within a frame, the next token does not follow from a wrong one
-    clean, clean_logs = state_loss(views.clean.at(given_M), window.targets.at(given_M), config.weights)
-    imitation = action_loss(world.backbone, world.layout, views.hidden_BLD, window, batch.imitate_B & ~own_B)
+    true_M = slice(fed * shape[1], None)  # a state that was imagined otherwise says nothing of the data's next token
+    clean, clean_logs = state_loss(views.clean.at(true_M), window.targets.at(true_M), config.weights)
+    imitate_B = batch.imitate_B & (torch.arange(shape[0], device=world.device) >= fed)
+    imitation = action_loss(world.backbone, world.layout, views.hidden_BLD, window, imitate_B)
     logs |= {f"clean/{name}": value for name, value in clean_logs.items()}
     return LossOutput(
         noisy + clean + config.weights.action * imitation,

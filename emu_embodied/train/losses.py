@@ -52,8 +52,8 @@ class StateTargets:
     success_M: torch.Tensor
     changed_MN: torch.Tensor
 
-    def at(self, rows_M: torch.Tensor) -> StateTargets:
-        """Those of some states: bool [M] or indices."""
+    def at(self, rows_M: torch.Tensor | slice) -> StateTargets:
+        """Those of some states."""
         return StateTargets(*(getattr(self, name)[rows_M] for name in self.__slots__))
 
 

@@ -30,14 +30,24 @@ class TwoViews:
     hidden_BLD: torch.Tensor
 
 
-def sample_times(shape: tuple[int, ...], shift: float, source_share: float, generator: torch.Generator) -> torch.Tensor:
-    """Times in [0, 1], one for each noisy copy; 0 is pure noise.
+def sample_times(
+    shape: tuple[int, int], shift: float, source_share: float, generator: torch.Generator, *, asynchronous: bool = True
+) -> torch.Tensor:
+    """Times [B, T] in [0, 1] of noisy copies; 0 is pure noise.
 
     URSA's law t = 1 - shift s / (1 + (shift - 1) s), s ~ U(0, 1), except for a share that starts at the source itself.
+
+    Args:
+        shape: (B, T).
+        shift: larger means noisier.
+        source_share: share of times that are 0.
+        generator: CPU generator.
+        asynchronous: a time for every copy, else one for all T copies of a window.
     """
-    s = torch.rand(shape, generator=generator)
+    drawn = shape if asynchronous else (shape[0], 1)
+    s = torch.rand(drawn, generator=generator)
     times = 1 - shift * s / (1 + (shift - 1) * s)
-    return torch.where(torch.rand(shape, generator=generator) < source_share, 0.0, times)
+    return torch.where(torch.rand(drawn, generator=generator) < source_share, 0.0, times).expand(shape)
 
 
 def draw_copies(
@@ -60,17 +70,18 @@ def draw_copies(
     return noisy
 
 
-def noisy_logits(world: WorldModel, window: WindowTokens, noisy: StateTokens) -> TwoViews:
+def noisy_logits(world: WorldModel, window: WindowTokens, noisy: StateTokens, *, flex: bool = False) -> TwoViews:
     """Predict the states 1 .. T - 1 from noisy copies of them [B, T - 1, ...], and from the clean stream.
 
     A copy sees the clean tokens before its state and the whole of itself; it carries the positions of the clean state.
+    ``flex`` is that of ``NoisyCopies``.
     """
     layout, backbone, device = world.layout, world.backbone, world.device
     copies = noisy.codes.shape[1]
     ids = layout.state_ids(noisy.codes, noisy.proprio)
     copies_BLD = (backbone.embed(ids) + window.condition_BTD[:, :, None]).flatten(1, 2)
     clean_length = window.embeds_BLD.shape[1]
-    mask = NoisyCopies(clean_length, window.starts, layout.state_tokens)
+    mask = NoisyCopies(clean_length, window.starts, layout.state_tokens, flex)
     spans = [torch.arange(start, start + layout.state_tokens) for start in window.starts]
     positions = torch.cat([torch.arange(clean_length), *spans]).to(device)
     hidden = backbone.core(torch.cat([window.embeds_BLD, copies_BLD], 1), positions, mask=mask)

@@ -47,6 +47,9 @@ class WorldTraining:
     """DiDA: t = 1 - shift s / (1 + (shift - 1) s) with s ~ U(0, 1); larger means noisier (URSA's law)."""
     source_share: float = 0.5
     """DiDA: share of noisy copies that are pure noise (t = 0), the only thing a one-pass decoder ever sees."""
+    flex_attention: bool = False
+    """DiDA: compute attention by FlexAttention on a GPU. Off until a measurement there (``experiments/bench_adapt.py``)
+    shows it faster than the pieces that the mask leaves."""
     async_times: bool = True
     """DiDA: every state of a window has its own t, as in decoding, where finished states stand before an open one; else
     a window has one."""
@@ -65,6 +68,19 @@ class WorldTraining:
     """Share of a batch's windows that are of subtasks and their keyframes, in [0, 1); 0 trains without them."""
     subgoal_steps: int = 2
     """Subtasks in such a window [subtasks]."""
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ValueError: naming the field and its range.
+        """
+        for name in ("own_steps", "distilled_windows"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, it has to be at least 0")
+        for name in ("own_share", "source_share", "context_noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, it has to lie in [0, 1]")
 
 
 @dataclass(frozen=True, slots=True)

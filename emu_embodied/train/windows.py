@@ -51,8 +51,8 @@ def window_tokens(
         batch: on the backbone's device.
         context_noise: see ``disturbed``.
         generator: CPU generator.
-        shown: what the clean stream shows of the states [B, T, ...], if not the data with context noise; the targets are
-            those of the data.
+        shown: what the clean stream shows of the states [B, T, ...], if not the data with context noise; the targets
+            are those of the data.
     """
     layout, backbone = world.layout, world.backbone
     proprio_BTP = world.proprio.encode(batch.proprio_BTP)

@@ -167,7 +167,7 @@ def test_a_killed_dida_stage_resumes_bit_by_bit_in_the_folder_it_adapts(store, w
         shutil.copytree(world_out, tmp_path / name)
     run(tmp_path / "whole", False)
     with monkeypatch.context() as patch, pytest.raises(Kill):
-        patch.setattr(adapt, "window_tokens", killing(adapt, "window_tokens", 6))
+        patch.setattr(adapt, "dida_loss", killing(adapt, "dida_loss", 6))
         run(tmp_path / "cut", False)
     assert WorldModelConfig.load(tmp_path / "cut" / "world.json").paths == ("uniform",)
     run(tmp_path / "cut", True)

@@ -10,7 +10,7 @@ from emu_embodied.data.batches import encode_dataset
 from emu_embodied.decode.autoregressive import SequentialDecoder
 from emu_embodied.decode.dida import ParallelDecoder
 from emu_embodied.decode.grammar import StateLogits, state_logits
-from emu_embodied.decode.paths import PATHS
+from emu_embodied.decode.paths import PATHS, StatePath
 from emu_embodied.models.masks import NoisyCopies
 from emu_embodied.tokens.sequence import MASKED, StateTokens
 from emu_embodied.train import noise
@@ -105,7 +105,11 @@ def test_noisy_copies_are_trained_as_the_parallel_decoder_reads_them(world, batc
     stream = history(world, batch, row, t)
     condition = world._act(batch.actions_BTKA[row, t - 1 : t])[1]
     cache = world._prefix(stream[:, :1])
-    decoder = ParallelDecoder(world.backbone, world.layout, Given(noisy.codes[row, t - 1], noisy.proprio[row, t - 1]))
+    v = world.layout.vocabulary
+    given = StatePath(
+        "given", Given(noisy.codes[row, t - 1], v.vision.size), Given(noisy.proprio[row, t - 1], v.state.size)
+    )
+    decoder = ParallelDecoder(world.backbone, world.layout, given)
     current = StateTokens(batch.codes_BTN[row, t - 1 : t], world.proprio.encode(batch.proprio_BTP[row, t - 1 : t]))
     decoded = decoder.decode(world._branches(1, cache), stream[:, 1:], condition, current, None)
     assert_same(decoded.logits, one(trained, row, t))
@@ -114,8 +118,8 @@ def test_noisy_copies_are_trained_as_the_parallel_decoder_reads_them(world, batc
 class Given:
     """A process that starts from given tokens."""
 
-    def __init__(self, codes_N, proprio_P):
-        self.tokens = StateTokens(codes_N[None], proprio_P[None])
+    def __init__(self, tokens, size):
+        self.tokens, self.size = tokens[None], size
 
     def source(self, current, draws):
         return self.tokens

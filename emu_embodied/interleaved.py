@@ -19,7 +19,8 @@ from emu_embodied.decode.settings import GenerationSettings
 from emu_embodied.decode.stream import Answer, StreamGrammar, read_stream
 from emu_embodied.models.checkpoints import read_config
 from emu_embodied.models.config import EmuConfig
-from emu_embodied.models.ibq import IBQ, is_ibq_folder, read_ibq_config, to_frames, to_pixels
+from emu_embodied.models.folders import find_folders
+from emu_embodied.models.ibq import IBQ, read_ibq_config, to_frames, to_pixels
 from emu_embodied.models.transformer import EmuForCausalLM
 from emu_embodied.tokens.image_block import Markup, block_length, resized
 from emu_embodied.tokens.templates import IMAGE, prompts
@@ -117,20 +118,14 @@ class InterleavedModel:
         Raises:
             ValueError: naming what is missing, damaged or does not fit, before any weights are read.
         """
-        model = _find("the backbone (config.json of model_type 'Emu3')", Path(folder), _is_backbone, beside=False)
-        text_folder = Path(text) if text else _find(f"the text tokenizer ({TextTokenizer.FILE})", model, _is_text)
-        vision_folder = (
-            Path(vision)
-            if vision
-            else _find("the vision tokenizer (config.yaml + model.ckpt, or its safetensors)", model, is_ibq_folder)
-        )
-        tokenizer = TextTokenizer.from_pretrained(text_folder)
-        vocabulary = EmuConfig(**read_config(model)).vocab_size
-        check_fit(vocabulary, tokenizer, read_ibq_config(vision_folder).n_embed)
-        loaded = EmuForCausalLM.from_pretrained(model, **{"dtype": "auto", **backbone})
+        found = find_folders(folder, vision=vision, text=text)
+        tokenizer = TextTokenizer.from_pretrained(found.text)
+        vocabulary = EmuConfig(**read_config(found.backbone)).vocab_size
+        check_fit(vocabulary, tokenizer, read_ibq_config(found.vision).n_embed)
+        loaded = EmuForCausalLM.from_pretrained(found.backbone, **{"dtype": "auto", **backbone})
         if not {"device_map", "quantization_config"} & backbone.keys():
             loaded = loaded.to(device)
-        return cls(loaded, tokenizer, IBQ.from_pretrained(vision_folder, device))
+        return cls(loaded, tokenizer, IBQ.from_pretrained(found.vision, device))
 
     @property
     def cell(self) -> int:
@@ -247,43 +242,3 @@ def check_fit(vocabulary: int, text: TextTokenizer, codebook: int) -> None:
             f"the weights know {vocabulary} token ids, but the text tokenizer has {text.first_visual} and the vision "
             f"tokenizer {codebook} codes, {needed} together: these are not of one model"
         )
-
-
-def _is_backbone(folder: Path) -> bool:
-    try:
-        return read_config(folder).get("model_type") == EmuConfig.model_type
-    except ValueError:
-        return False
-
-
-def _is_text(folder: Path) -> bool:
-    return (folder / TextTokenizer.FILE).is_file()
-
-
-def _find(what: str, folder: Path, accept: Callable[[Path], bool], beside: bool = True) -> Path:
-    """The one folder that ``accept`` accepts: ``folder``, else one of its subfolders, else one of those beside it.
-
-    Raises:
-        ValueError: if there is none or there are several, saying where was looked.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give the folder of an Emu3.5 checkpoint")
-    places = {"in": [folder], "in the subfolders of": _subfolders(folder)}
-    if beside:
-        places["beside"] = _subfolders(folder.resolve().parent)
-    for where, candidates in places.items():
-        found = [candidate for candidate in candidates if accept(candidate)]
-        if len(found) > 1:
-            names = ", ".join(path.name for path in found)
-            raise ValueError(f"{what} is not clear: {where} {folder} there are {names}; name the one to use")
-        if found:
-            return found[0]
-    looked = ", ".join(f"{where} {folder}" for where in places)
-    raise ValueError(f"{what} was not found; looked {looked}. Put it there or name its folder")
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError:
-        return []

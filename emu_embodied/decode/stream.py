@@ -144,7 +144,7 @@ class StreamGrammar:
             return events
         if token in self._closes:
             if self._closes[token] != self._kind:
-                return [Note(f"the end of a {self._closes[token]} that was not open: left out")]
+                return [Note(f"the end of a thought ({self._closes[token]}) that was not open: left out")]
             text = self._partial.decode(b"", True)
             closed = TextChunk(text, self._kind, ends=True)
             self._partial.reset()
@@ -201,9 +201,10 @@ class StreamGrammar:
         found = (len(rows), len(rows[0]) if rows else 0)
         even = bool(rows) and all(len(row) == found[1] for row in rows)
         if not even or (interrupted and found != stated):
-            held = f"{len(rows)} rows" + (f" of {stated[0]}" if stated else "")
+            whole = sum(len(row) == stated[1] for row in rows) if stated else len(rows)
             why = f"{interrupted} before its end" if interrupted else "its rows differ in length"
-            return [Note(f"image {self.images} is left out: {why} ({held})")]
+            of = f" of {stated[0]}" if stated else ""
+            return [Note(f"image {self.images} is left out: {why} ({whole}{of} rows)")]
         done = ImageDone(self.images, torch.tensor(rows, dtype=torch.long))
         self.images += 1
         if interrupted:

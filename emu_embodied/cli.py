@@ -29,15 +29,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Say what this machine has (GL, devices, threads, versions, weights), and what to do about what is missing."""
+    """Say what this machine has (GL, devices, threads, versions, weights), and what to do about what is missing.
+
+    With --checkpoint: how much memory one needs, and how it would run here; its weights are not read.
+    """
 
     json: bool = False
     """Print JSON instead of text."""
+    checkpoint: str | None = None
+    """A shipped name, or a folder of ours or of Emu3.5's."""
 
     def run(self) -> int:
-        """Probe and print; 1 if something that planning needs is missing."""
-        from emu_embodied.doctor import examine
+        """Probe and print; 1 if something that planning needs is missing, or the checkpoint does not fit."""
+        from emu_embodied.doctor import examine, examine_checkpoint
 
+        if self.checkpoint is not None:
+            estimate = examine_checkpoint(self.checkpoint)
+            print(json.dumps(estimate.to_dict(), indent=2) if self.json else estimate.text())
+            return 0 if estimate.fits else 1
         report = examine()
         print(json.dumps(report.to_dict(), indent=2) if self.json else report.text())
         return 0 if report.healthy else 1

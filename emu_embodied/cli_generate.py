@@ -117,13 +117,11 @@ class Interleaved:
         Raises:
             ValueError: if there is no checkpoint, or none of its tokenizers, at the folders given.
         """
-        from emu_embodied import interleaved
-        from emu_embodied.models.ibq import is_ibq_folder, read_ibq_config
+        from emu_embodied.models.folders import find_folders
+        from emu_embodied.models.ibq import read_ibq_config
 
-        model = interleaved._find("the backbone", Path(self.checkpoint), interleaved._is_backbone, beside=False)
-        self.text_tokenizer or interleaved._find("the text tokenizer", model, interleaved._is_text)
-        vision = self.vision_tokenizer or interleaved._find("the vision tokenizer", model, is_ibq_folder)
-        return read_ibq_config(vision).cell
+        found = find_folders(self.checkpoint, vision=self.vision_tokenizer, text=self.text_tokenizer)
+        return read_ibq_config(found.vision).cell
 
     def load(self) -> InterleavedModel:
         """Read the model onto the devices asked for."""

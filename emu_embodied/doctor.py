@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emu_embodied.hardware import GLProbe, Hardware, describe_hardware, pick_device, pick_dtype, probe_gl
 from emu_embodied.provenance import package_versions
 
-EXTRAS = {"tensorboard": "track", "tiktoken": "emu35", "yaml": "emu35"}
+if TYPE_CHECKING:
+    from emu_embodied.models.footprint import Footprint, Way
+
+EXTRAS = {
+    "tensorboard": "track",
+    "tiktoken": "emu35",
+    "yaml": "emu35",
+    "accelerate": "large",
+    "bitsandbytes": "large",
+    "peft": "lora",
+}
 """Optional module -> the extra that installs it."""
 GL_ADVICE = "install off-screen GL: apt-get install libegl1 libgl1 libgl1-mesa-dri (or libosmesa6 and MUJOCO_GL=osmesa)"
 
@@ -93,6 +103,50 @@ def examine() -> Report:
         advice=tuple(advice),
         healthy=gl.backend is not None and bool(weights),
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """How much memory a checkpoint needs, and how it would run here."""
+
+    need: Footprint
+    """Sizes."""
+    ways: tuple[Way, ...]
+    """Ways of running it, best first."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether one of the ways works."""
+        return any(way.works for way in self.ways)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """For people."""
+        from emu_embodied.models.footprint import describe
+
+        return describe(self.need, self.ways)
+
+
+def examine_checkpoint(name_or_folder: str, hardware: Hardware | None = None) -> Estimate:
+    """Estimate from configurations and headers; no weights are read.
+
+    Args:
+        name_or_folder: a shipped name, or a folder of ours or of Emu3.5's.
+        hardware: of the machine meant; this one if None.
+
+    Raises:
+        ValueError: if there is no such checkpoint.
+    """
+    from emu_embodied.models.footprint import footprint, ways
+    from emu_embodied.world_config import checkpoint_folder
+
+    folder = checkpoint_folder(name_or_folder)
+    need = footprint(folder, name=str(name_or_folder))
+    found = ways(need, describe_hardware(with_torch=True) if hardware is None else hardware)
+    return Estimate(need=need, ways=tuple(found))
 
 
 def _shipped() -> list[Shipped]:

@@ -5,6 +5,7 @@ Shapes: layers x [B or S, kv heads, capacity, head dim].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ class KVCache:
         batch: sequences held.
         capacity: tokens of each sequence, those of the prefix not counted.
         prefix: cache of batch 1 that every sequence continues.
-        device: where to keep it; the prefix's device by default.
+        device: where to keep it, or where each layer computes (``EmuForCausalLM.devices``); the prefix's by default.
         dtype: of keys and values; the prefix's by default, else float32.
 
     Raises:
@@ -60,7 +61,7 @@ class KVCache:
         batch: int,
         capacity: int,
         prefix: KVCache | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | Sequence[torch.device] | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if prefix is not None:
@@ -69,7 +70,7 @@ class KVCache:
                     f"a prefix must be one plain sequence, this one holds {prefix.batch} (or has a prefix)"
                 )
             prefix.closed = True
-            device = prefix.keys[0].device if device is None else device
+            device = prefix.devices if device is None else device
             dtype = prefix.keys[0].dtype if dtype is None else dtype
         self.config = config
         self.batch = batch
@@ -79,8 +80,16 @@ class KVCache:
         self.closed = False
         # Zeros, not empty: a masked key counts with weight 0, and 0 x NaN would be NaN.
         shape = (batch, config.num_key_value_heads, _round_up(capacity), config.head_dim)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        layers = config.num_hidden_layers
+        places = [device] * layers if device is None or isinstance(device, torch.device | str) else device
+        self.keys, self.values = (
+            [torch.zeros(shape, device=place, dtype=dtype) for place in places] for _ in ("keys", "values")
+        )
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where each layer's part lies."""
+        return [keys.device for keys in self.keys]
 
     @property
     def total_length(self) -> int:
@@ -177,7 +186,7 @@ class KVCache:
             self.batch,
             self.length + room,
             prefix=self.prefix,
-            device=self.keys[0].device,
+            device=self.devices,
             dtype=self.keys[0].dtype,
         )
         for layer in range(len(self.keys)):

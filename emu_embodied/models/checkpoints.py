@@ -12,6 +12,8 @@ from torch import nn
 
 Shapes = dict[str, tuple[int, ...]]
 """Tensor name -> shape."""
+Header = dict[str, dict[str, Any]]
+"""Tensor name -> its ``dtype``, ``shape`` and ``data_offsets``, as safetensors writes them."""
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
@@ -35,8 +37,8 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     return content
 
 
-def read_shapes(path: Path) -> Shapes:
-    """Names and shapes of a safetensors file, from its header alone; its size is checked against the header.
+def read_header(path: Path) -> Header:
+    """What a safetensors file holds, from its header alone; the file's size is checked against it.
 
     Raises:
         ValueError: naming the file, if it is absent, cut off or no safetensors file.
@@ -51,7 +53,8 @@ def read_shapes(path: Path) -> Shapes:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+            for entry in header.values():
+                tuple(entry["shape"])
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a safetensors file: its header cannot be read ({error})") from error
@@ -59,7 +62,16 @@ def read_shapes(path: Path) -> Shapes:
         raise ValueError(
             f"{path} is cut off or damaged: {size} bytes, its header promises {8 + length + end}; copy it again"
         )
-    return shapes
+    return header
+
+
+def read_shapes(path: Path) -> Shapes:
+    """Names and shapes of a safetensors file; see ``read_header``.
+
+    Raises:
+        ValueError: naming the file, if it is absent, cut off or no safetensors file.
+    """
+    return {name: tuple(entry["shape"]) for name, entry in read_header(path).items()}
 
 
 def read_folder_shapes(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:

@@ -26,6 +26,7 @@ from emu_embodied.models.checkpoints import compare_shapes, read_config, read_fo
 from emu_embodied.models.config import EmuConfig
 from emu_embodied.models.layers import ActionEmbedding, Call, EmuLayer, RMSNorm, rotations
 from emu_embodied.models.masks import NoisyCopies
+from emu_embodied.require import require
 
 CPU_TOKENS = 1024
 """Tokens that go through all layers together on a CPU, for each thread: activations of many more leave the caches, and
@@ -75,12 +76,16 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             folder: holds ``config.json`` and ``model.safetensors`` or its shards.
             *args: as transformers' ``from_pretrained``.
-            **kwargs: likewise (``dtype``, ``device_map``, ``quantization_config`` ...). ``action_dim`` and
-                ``action_block`` give a model without an action embedding a new one, which at first changes nothing.
+            **kwargs: likewise (``dtype``, ``device_map``, ``quantization_config``: see ``models.loading``).
+                ``action_dim`` and ``action_block`` give a model without an action embedding a new one, which at first
+                changes nothing.
 
         Raises:
             ValueError: naming the file that is missing, damaged, or of another model, before memory is spent.
+            ImportError: with the pip line, if spreading or quantising the weights needs a package that is missing.
         """
+        if kwargs.get("device_map") is not None or kwargs.get("quantization_config") is not None:
+            require("accelerate", extra="large")
         folder = Path(folder)
         content = read_config(folder)
         if content.get("model_type") != EmuConfig.model_type:
@@ -120,6 +125,16 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
                 os.replace(path, folder / path.name)
             for path in stale - {folder / path.name for path in written}:
                 path.unlink()
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where each layer computes: where its weights are, or where they are brought to (``device_map``)."""
+        return [_computes_on(layer, layer.input_layernorm.weight) for layer in self.model.layers]
+
+    @property
+    def entry(self) -> torch.device:
+        """Where token ids and positions are expected."""
+        return _computes_on(self.model.embed_tokens, self.model.embed_tokens.weight)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [...] -> embeddings [..., D]."""
@@ -224,7 +239,10 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits float32 [..., V] of hidden states [..., D]; only those of ``ids``, where given."""
         if ids is None:
             return self.lm_head(hidden).float()
-        return F.linear(hidden, self.lm_head.weight[ids]).float()
+        if self.lm_head.weight.is_meta:  # kept on disk: only calling the module fetches it
+            return self.lm_head(hidden)[..., ids].float()
+        weight = self.lm_head.weight[ids]
+        return F.linear(hidden.to(weight.device), weight).float()
 
     def forward(
         self,
@@ -282,6 +300,12 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+
+def _computes_on(module: nn.Module, weight: torch.Tensor) -> torch.device:
+    """The device that accelerate runs a module on, else that of its weight."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return weight.device if device is None else torch.device(device)
 
 
 AutoConfig.register("Emu3", EmuConfig)

@@ -55,7 +55,7 @@ def attend(
     groups = key.shape[1]
     if tokens == 1 and heads != groups and bias is None:
         # Heads that share keys become rows of one product, which reads the keys once.
-        rows = query.view(sequences, groups, heads // groups, width)
+        rows = query.reshape(sequences, groups, heads // groups, width)
         return F.scaled_dot_product_attention(rows, key, value, dropout_p=dropout).view(query.shape)
     return F.scaled_dot_product_attention(
         query.transpose(1, 2),

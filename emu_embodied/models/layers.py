@@ -16,10 +16,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from emu_embodied.models.attention import attend, attend_with_copies
 from emu_embodied.models.cache import BorrowedCache, KVCache
 from emu_embodied.models.config import EmuConfig
+from emu_embodied.models.joint import Direct, JointLinear, linear
 from emu_embodied.models.masks import NoisyCopies
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Direct):
     """Root-mean-square norm over the last dimension, in float32."""
 
     def __init__(self, width: int) -> None:
@@ -28,7 +29,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         """[..., width] -> [..., width]; ``eps`` is ``Call.eps``."""
-        return normalise(x, eps) * self.weight
+        normed, weight = normalise(x, eps), self._parameters["weight"]
+        return normed * weight if torch.is_grad_enabled() else normed.mul_(weight)
 
 
 def normalise(x: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
@@ -104,8 +106,10 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-class EmuAttention(nn.Module):
+class EmuAttention(JointLinear):
     """Grouped-query attention with per-head norm of queries and keys, then RoPE."""
+
+    joint_names = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: EmuConfig, layer: int) -> None:
         super().__init__()
@@ -122,11 +126,15 @@ class EmuAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         """[B, T, D] -> [B, T - call.first, D]."""
-        first, shape = call.first, (*x.shape[:2], -1, self.head_dim)
-        query = self.q_proj(x[:, first:]).view(len(x), x.shape[1] - first, *shape[2:])
-        query = _rotate(self.q_norm(query, call.eps), call.cos[:, first:], call.sin[:, first:])
-        key = _rotate(self.k_norm(self.k_proj(x).view(shape), call.eps), call.cos, call.sin).transpose(1, 2)
-        value = self.v_proj(x).view(shape).transpose(1, 2)
+        batch, tokens, first = len(x), x.shape[1], call.first
+        modules = self._modules
+        query, key, value = self.project(x)
+        cos, sin = call.cos, call.sin
+        key = _rotate(modules["k_norm"](key.view(batch, tokens, -1, self.head_dim), call.eps), cos, sin).transpose(1, 2)
+        value = value.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
+        if first:
+            query, cos, sin = query[:, first:], cos[:, first:], sin[:, first:]
+        query = _rotate(modules["q_norm"](query.view(batch, tokens - first, -1, self.head_dim), call.eps), cos, sin)
         dropout = self.dropout if self.training else 0.0
         if isinstance(call.bias, NoisyCopies):
             mixed = attend_with_copies(query, key, value, call.bias, dropout=dropout)
@@ -145,11 +153,13 @@ class EmuAttention(nn.Module):
                 prefix_bias=call.prefix_bias,
                 dropout=dropout,
             )
-        return self.o_proj(mixed.flatten(2))
+        return linear(modules["o_proj"], mixed.flatten(2))
 
 
-class EmuMLP(nn.Module):
+class EmuMLP(JointLinear):
     """SwiGLU."""
+
+    joint_names = ("gate_proj", "up_proj")
 
     def __init__(self, config: EmuConfig) -> None:
         super().__init__()
@@ -159,14 +169,14 @@ class EmuMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = self.project(x)
         if torch.is_grad_enabled():
             return self.down_proj(F.silu(gate) * up)
         # In place: fresh memory for the widest tensors of the model costs as much as the arithmetic.
-        return self.down_proj(F.silu(gate, inplace=True).mul_(up))
+        return linear(self._modules["down_proj"], F.silu(gate, inplace=True).mul_(up))
 
 
-class EmuLayer(GradientCheckpointingLayer):
+class EmuLayer(Direct, GradientCheckpointingLayer):
     """Attention, then MLP, each on a normed copy and added to the stream."""
 
     def __init__(self, config: EmuConfig, layer: int) -> None:
@@ -179,8 +189,10 @@ class EmuLayer(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         """[B, T, D] -> [B, T - call.first, D]."""
-        x = x[:, call.first :] + self._drop(self.self_attn(self.input_layernorm(x, call.eps), call))
-        return x + self._drop(self.mlp(self.post_attention_layernorm(x, call.eps)))
+        attention, mlp, before, between = self._modules.values()
+        y = attention(before(x, call.eps), call)
+        x = (x[:, call.first :] if call.first else x) + self._drop(y)
+        return x + self._drop(mlp(between(x, call.eps)))
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.dropout) if self.training and self.dropout else x

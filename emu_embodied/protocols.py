@@ -97,6 +97,7 @@ class WorldModel(Protocol):
         ...
 
 
+@runtime_checkable
 class SubgoalModel(Protocol):
     """Says what to do next, in words and pictures, from any state of a task."""
 

@@ -82,6 +82,11 @@ class GoalImage:
         vectors = self._embed(codes).float()
         return F.layer_norm(vectors, vectors.shape[-1:])
 
+    def distance(self, codes: torch.Tensor) -> torch.Tensor:
+        """Distance float32 [...] of frame tokens int64 [..., N] from the goal, in [0, 4]."""
+        vectors = self._vectors(codes)
+        return (vectors - self._goal_ND.to(vectors.device)).square().mean(dim=(-2, -1))
+
     def __call__(self, imagination: Imagination) -> torch.Tensor:
         """Cost float32 [S].
 
@@ -92,8 +97,7 @@ class GoalImage:
             raise ValueError("a goal image needs frame tokens: give TrueDynamics a tokenize function")
         if imagination.tokens_SHN.shape[-1] != len(self._goal_ND):
             raise ValueError(f"the goal has {len(self._goal_ND)} tokens, a state {imagination.tokens_SHN.shape[-1]}")
-        vectors_SHND = self._vectors(imagination.tokens_SHN)
-        distance_SH = (vectors_SHND - self._goal_ND.to(vectors_SHND.device)).square().mean(dim=(-2, -1))
+        distance_SH = self.distance(imagination.tokens_SHN)
         return distance_SH[:, -1] + self.running_weight * _soft_minimum(distance_SH, self.temperature)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from emu_embodied.data.recording import RecordedSimulator
 from emu_embodied.policies.planning import PlanningPolicy
+from emu_embodied.policies.subgoals import SubgoalPolicy
 from emu_embodied.protocols import Policy
 from emu_embodied.records import Observation, Transition
 from emu_embodied.viz.trace import EpisodeTrace
@@ -79,6 +80,9 @@ def run_episode(
     planning = policy if isinstance(policy, PlanningPolicy) else None
     if planning is not None:
         planning.finish()
+    pursuing = policy if isinstance(policy, SubgoalPolicy) else None
+    if pursuing is not None:
+        pursuing.conclude(observation, solved=success)
     return EpisodeTrace(
         env_id=env_id,
         policy=policy_name,
@@ -94,6 +98,8 @@ def run_episode(
         act_seconds_T=np.asarray(seconds),
         decisions=() if planning is None else tuple(planning.decisions),
         hindsight=() if planning is None else tuple(planning.hindsight),
+        subgoals=() if pursuing is None else pursuing.subgoals,
+        ended="" if pursuing is None else pursuing.ended,
     )
 
 

@@ -230,7 +230,7 @@ def bench(
             spec.build,
             seeds=range(seed, seed + episodes),
             make_simulator=make_simulator,
-            render=spec.imagines,
+            render=spec.looks,
             workers=workers,
             label=f"{env_id} {spec.name}",
         )
@@ -243,7 +243,10 @@ def bench(
 def _settings(spec: PolicySpec, seed: int) -> dict[str, Any]:
     settings: dict[str, Any] = {"seed": seed}
     if spec.plans:
-        settings |= {"objective": spec.objective, "budget": asdict(spec.budget)}
+        objective = "subtask" if spec.names_subtasks else spec.objective
+        settings |= {"objective": objective, "budget": asdict(spec.budget)}
+        if spec.names_subtasks:
+            settings["subgoals"] = asdict(spec.subgoals)
         if spec.name != "shooting":
             settings["planner"] = spec.planner
     if spec.needs_model:

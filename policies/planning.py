@@ -192,10 +192,12 @@ class PlanningPolicy:
         self._model_generator = torch.Generator(source.device)
         self._executed: list[np.ndarray] = []
         self._anchor: tuple[int, ImaginedDynamics | TrueDynamics] | None = None
+        self._fresh = False
 
     def reset(self, observation: Observation) -> None:
         """Start an episode."""
         self.decisions, self.hindsight, self._executed, self._anchor = [], [], [], None
+        self._fresh = False
         self._search_generator.manual_seed(self.seed)
         self._model_generator.manual_seed(self.seed)
         self.source.reset(observation)
@@ -207,12 +209,16 @@ class PlanningPolicy:
         if self._executed:
             self.source.advance(self._executed[-1], observation)
         block = len(self._executed)
-        if not self.decisions or block - self.decisions[-1].block >= self._blocks_per_plan():
+        if self._fresh or not self.decisions or block - self.decisions[-1].block >= self._blocks_per_plan():
             self._decide(block)
         plan = self.decisions[-1].plan
         action_KA = plan.actions_HKA[block - self.decisions[-1].block].cpu().numpy()
         self._executed.append(action_KA)
         return action_KA
+
+    def start_afresh(self) -> None:
+        """The objective has changed: search anew at the next block, from nothing."""
+        self._fresh = True
 
     def finish(self) -> None:
         """The episode is over: complete the record."""
@@ -228,11 +234,12 @@ class PlanningPolicy:
         began = time.perf_counter()
         dynamics = self.source.dynamics()
         warm_start = None
-        if self.decisions:
+        if self.decisions and not self._fresh:
             previous = self.decisions[-1]
             warm_start = shift(previous.plan.actions_HKA, block - previous.block)
         evaluate = evaluator(dynamics, self.objective, self._model_generator)
         plan = self.planner.plan(evaluate, warm_start, self._search_generator)
+        self._fresh = False
         seconds = time.perf_counter() - began
         future = None
         if self.record:

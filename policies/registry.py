@@ -12,10 +12,12 @@ import numpy as np
 
 from emu_embodied.planners.registry import find_objective, make_planner
 from emu_embodied.planners.sampling import PlanSpace
+from emu_embodied.planners.subgoals import Pursuit, SubgoalSettings
 from emu_embodied.policies.episode import EpisodeSimulator
 from emu_embodied.policies.planning import DynamicsSource, GoalOfEpisode, ImaginedSource, PlanningPolicy, TrueSource
 from emu_embodied.policies.random import RandomPolicy
-from emu_embodied.protocols import Objective, Policy, WorldModel
+from emu_embodied.policies.subgoals import SubgoalPolicy
+from emu_embodied.protocols import Objective, Policy, SubgoalModel, WorldModel
 
 POLICIES: dict[str, str] = {
     "random": "uniformly random blocks",
@@ -23,6 +25,8 @@ POLICIES: dict[str, str] = {
     "shooting": "random shooting in imagination: the same candidates to spend, no refinement",
     "imagined": "a planner in imagination",
     "true": "the same planner in the true simulator: what a perfect model would give",
+    "subgoals": "the planner in imagination, towards subtasks that the model names and pictures one after another",
+    "true_subgoals": "the same subtasks, planned in the true simulator: what is lost by the subtasks alone",
 }
 """Name -> what it is."""
 
@@ -69,6 +73,8 @@ class PolicySpec:
     """What planning policies search for: reward, success, both of these, or goal (the goal picture and place)."""
     budget: PlanningBudget = field(default_factory=PlanningBudget)
     """What a search may cost."""
+    subgoals: SubgoalSettings = field(default_factory=SubgoalSettings)
+    """How ``subgoals`` and ``true_subgoals`` go from one subtask to the next."""
     device: str = "cpu"
     """Device of the world model."""
 
@@ -81,17 +87,27 @@ class PolicySpec:
     @property
     def plans(self) -> bool:
         """Whether it searches."""
-        return self.name in ("shooting", "imagined", "true")
+        return self.name not in ("random", "scripted")
 
     @property
     def imagines(self) -> bool:
-        """Whether it looks at frames and imagines others."""
-        return self.name in ("shooting", "imagined")
+        """Whether it imagines what its actions lead to."""
+        return self.name in ("shooting", "imagined", "subgoals")
+
+    @property
+    def looks(self) -> bool:
+        """Whether it looks at frames."""
+        return self.imagines or self.names_subtasks
+
+    @property
+    def names_subtasks(self) -> bool:
+        """Whether it pursues subgoals, which take the place of ``objective``."""
+        return self.name in ("subgoals", "true_subgoals")
 
     @property
     def needs_model(self) -> bool:
         """Whether it needs a world model: to imagine, or to measure how far a frame is from the goal's."""
-        return self.imagines or (self.plans and self.objective == "goal")
+        return self.looks or (self.plans and self.objective == "goal")
 
     def build(self, simulator: EpisodeSimulator, seed: int) -> Policy:
         """The policy for one episode; the world model is loaded once in a process.
@@ -145,7 +161,13 @@ def make_policy(
         )
     objective: Objective
     source: DynamicsSource
-    if spec.objective == "goal" and world_model is not None:
+    if spec.names_subtasks and world_model is not None:
+        if not isinstance(world_model, SubgoalModel):
+            raise ValueError(f"{type(world_model).__name__} names no subtasks: give a model that does")
+        fields, settings = simulator.proprio_fields, spec.subgoals
+        objective = Pursuit(world_model, world_model, fields, settings, record=record)
+        source = TrueSource(simulator, world_model.encode_frames)
+    elif spec.objective == "goal" and world_model is not None:
         objective = GoalOfEpisode(simulator, world_model)
         source = TrueSource(simulator, world_model.encode_frames)
     else:
@@ -175,14 +197,11 @@ def make_policy(
         correlation=budget.correlation,
         **refining,
     )
-    return PlanningPolicy(
-        planner,
-        objective,
-        source,
-        seed=seed,
-        replan_every=budget.replan_every,
-        record=record,
-    )
+    options: dict[str, Any] = {"seed": seed, "replan_every": budget.replan_every, "record": record}
+    if isinstance(objective, Pursuit):
+        still_KA = np.zeros((simulator.block, action_dim), np.float32)
+        return SubgoalPolicy(planner, objective, source, still_KA, **options)
+    return PlanningPolicy(planner, objective, source, **options)
 
 
 def check_fits(world_model: Any, simulator: EpisodeSimulator) -> None:

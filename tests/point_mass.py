@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from emu_embodied.records import Belief, Field, Frames, Imagination, Observation, Transition
+from emu_embodied.records import Belief, Field, Frames, Imagination, Observation, Subgoal, Transition
 
 STEP = 0.04  # m of travel per env step at full action
 REACHED = 0.03  # m
@@ -111,6 +111,12 @@ def tokenize(frames: Frames) -> torch.Tensor:
     return torch.from_numpy(cells.reshape(-1).astype(np.int64))
 
 
+def keyframe(text: str, place: np.ndarray, goal: np.ndarray) -> Subgoal:
+    """The point at a place, in words, tokens and proprio."""
+    proprio = torch.from_numpy(np.concatenate([place, goal]).astype(np.float32))
+    return Subgoal(text, tokenize({"front": draw(place, goal)}), proprio, float(reward_of(place, goal)), 0.0)
+
+
 class PointMassModel:
     """World model with the true physics; ``drift`` is the error it makes per block [m]."""
 
@@ -153,6 +159,29 @@ class PointMassModel:
             reward_SH=torch.from_numpy(reward_of(positions, goal).astype(np.float32)),
             success_SH=torch.from_numpy((np.linalg.norm(positions - goal, axis=-1) < REACHED).astype(np.float32)),
         )
+
+    @property
+    def frames(self) -> PointMassModel:
+        """Its own frame tokenizer."""
+        return self
+
+    def embed(self, codes: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(codes, 2).float()
+
+    def encode_frames(self, frames: Frames) -> torch.Tensor:
+        return tokenize(frames)
+
+    def propose(
+        self, observation: Observation, steps: int, generator: torch.Generator | None = None
+    ) -> tuple[Subgoal, ...]:
+        """Half way to the goal and to the goal; nothing where it is."""
+        position, goal = observation.proprio[:2], observation.proprio[2:]
+        away = float(np.linalg.norm(goal - position))
+        if away < REACHED:
+            return ()
+        places = [goal] if away < 0.2 else [(position + goal) / 2, goal]
+        names = ["move onto the green square"] if away < 0.2 else ["move half way", "move onto the green square"]
+        return tuple(keyframe(name, place, goal) for name, place in zip(names, places, strict=True))[:steps]
 
     def render(self, imagination: Imagination, plans: Sequence[int], horizons: Sequence[int]) -> Frames:
         proprio = imagination.proprio_SHP.numpy()

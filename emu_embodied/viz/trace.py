@@ -55,6 +55,35 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
+class SubgoalTrace:
+    """What came of one subgoal.
+
+    Attributes:
+        text: its sentence.
+        start: blocks executed before it was pursued.
+        blocks: blocks executed while it was.
+        outcome: ``reached``, ``missed`` (its blocks were used up) or ``unfinished`` (the episode was over).
+        place: distance from its place when it was left [m]; None if it has none.
+        picture: distance of the pictures' code vectors then.
+        first_place: ``place`` when it was taken up.
+        first_picture: ``picture`` when it was taken up.
+        keyframe: its imagined pictures, camera -> uint8 [height, width, 3]; empty where that was not recorded.
+        achieved: what was seen when it was left, likewise.
+    """
+
+    text: str
+    start: int
+    blocks: int
+    outcome: str
+    place: float | None
+    picture: float
+    first_place: float | None
+    first_picture: float
+    keyframe: Frames
+    achieved: Frames
+
+
+@dataclass(frozen=True, slots=True)
 class EpisodeTrace:
     """One episode of T blocks (T + 1 states).
 
@@ -74,6 +103,8 @@ class EpisodeTrace:
         act_seconds_T: float [T], wall time of the policy per block [s].
         decisions: the planner's searches, in order; empty for policies that do not plan.
         hindsight: what the model foretells of the actions that were *executed*, in stretches that cover the episode.
+        subgoals: what was pursued, in order; empty for policies that name no subtasks.
+        ended: why no further subgoal was pursued; empty where that did not happen.
     """
 
     env_id: str
@@ -90,6 +121,8 @@ class EpisodeTrace:
     act_seconds_T: np.ndarray
     decisions: tuple[Decision, ...] = ()
     hindsight: tuple[Future, ...] = ()
+    subgoals: tuple[SubgoalTrace, ...] = ()
+    ended: str = ""
 
     def __len__(self) -> int:
         """Number of blocks T."""

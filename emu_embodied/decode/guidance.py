@@ -94,10 +94,9 @@ class GuidedRows:
         self.backbone = backbone
         self.prompts = prompts
         self._start = max(len(prompt.ids) for prompt in prompts)
-        embedding = backbone.get_input_embeddings().weight
-        self._device = embedding.device
+        self._device = backbone.entry
         self._cache = KVCache(
-            backbone.config, len(prompts), self._start + room, device=self._device, dtype=embedding.dtype
+            backbone.config, len(prompts), self._start + room, device=backbone.devices, dtype=backbone.dtype
         )
         self._seen_RC = torch.zeros(len(prompts), self._cache.capacity, dtype=torch.bool, device=self._device)
         self._next = [len(prompt.ids) for prompt in prompts]

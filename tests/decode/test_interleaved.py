@@ -31,7 +31,7 @@ def official(model, prompts, scale, tokens, image_scale=None, target=None):
 
     ``prompts``: ids of the prompt, of the one without text and of the one without anything.
     """
-    text, logits_of = model.text, lambda ids: model.backbone(torch.tensor([ids])).logits[0, -1]
+    text, logits_of = model.text, lambda ids: model.backbone(torch.tensor([ids]), logits_to_keep=1).logits[0, -1]
     first_visual = text.first_visual
     ids_of = {
         name: text.special_id(token)
@@ -127,13 +127,11 @@ def run(model, prompts, tokens, size=None, **settings):
 @pytest.mark.parametrize("size", [(2, 3), (1, 1), (3, 12)])
 @pytest.mark.parametrize("image_scale", [None, 1.7], ids=["two-way", "three-way"])
 def test_greedy_stream_is_the_official_one(bias, size, image_scale):
-    for seed in range(2):
-        model = make_model(seed, MODELS[bias])
-        prompts = rows_of(model)
-        want = official(model, prompts, 3.0, 90, image_scale, size)
-        events = run(model, prompts, 90, size, image_guidance=image_scale)
-        assert list(events[-1].tokens) == want
-        assert bias == "short" or want.count(model.markup.boi) >= 1
+    model = make_model(len(bias) + size[1], MODELS[bias])
+    prompts = rows_of(model)
+    want = official(model, prompts, 3.0, 80, image_scale, size)
+    events = run(model, prompts, 80, size, image_guidance=image_scale)
+    assert list(events[-1].tokens) == want and (bias == "short" or model.markup.boi in want)
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -322,7 +320,7 @@ def test_events_say_what_the_tokens_say():
     model = make_model(0, MODELS["thoughts"])
     events = run(model, rows_of(model), 200, (2, 3))
     answer = model.read(events[-1].tokens)
-    codes = [event.codes for event in events if isinstance(event, ImageDone)]
-    assert codes and all(torch.equal(a, s.codes) for a, s in zip(codes, (s for s in answer.segments if s.codes is not None), strict=True))  # fmt: skip
+    codes = [event.codes.tolist() for event in events if isinstance(event, ImageDone)]
+    assert codes and codes == [segment.codes.tolist() for segment in answer.segments if segment.codes is not None]
     spoken = "".join(event.text for event in events if isinstance(event, TextChunk))
     assert spoken.split() == "".join(segment.text for segment in answer.segments).split()

@@ -20,6 +20,9 @@ _PUBLIC = {
     "EmuConfig": "emu_embodied.models.transformer",
     "IBQ": "emu_embodied.models.ibq",
     "TextTokenizer": "emu_embodied.tokens.text",
+    "InterleavedModel": "emu_embodied.interleaved",
+    "GenerationRequest": "emu_embodied.interleaved",
+    "GenerationSettings": "emu_embodied.interleaved",
     "Observation": "emu_embodied.records",
     "Episode": "emu_embodied.records",
     "Imagination": "emu_embodied.records",
@@ -28,6 +31,9 @@ _PUBLIC = {
 __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
+    from emu_embodied.interleaved import GenerationRequest as GenerationRequest
+    from emu_embodied.interleaved import GenerationSettings as GenerationSettings
+    from emu_embodied.interleaved import InterleavedModel as InterleavedModel
     from emu_embodied.models.ibq import IBQ as IBQ
     from emu_embodied.models.transformer import EmuConfig as EmuConfig
     from emu_embodied.models.transformer import EmuForCausalLM as EmuForCausalLM

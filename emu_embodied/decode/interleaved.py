@@ -40,8 +40,13 @@ def generate(
 
     Yields:
         Events; the last is ``Finished``.
+
+    Raises:
+        ValueError: if there are fewer prompts than the guidance needs.
     """
     guidance = guidance_of(settings)
+    if len(prompts) < guidance.rows:
+        raise ValueError(f"this guidance reads {guidance.rows} prompts side by side, {len(prompts)} were given")
     rows = GuidedRows(backbone, prompts[: guidance.rows])
     context, length = backbone.config.max_position_embeddings, len(prompts[0].ids)
     tokens: list[int] = []

@@ -167,6 +167,12 @@ def test_without_guidance_one_row_is_enough():
     assert list(run(model, prompts[:1], 100, (2, 3), guidance=1.0)[-1].tokens) == want
 
 
+def test_guidance_needs_its_prompts():
+    model = make_model()
+    with pytest.raises(ValueError, match="reads 3 prompts side by side, 2 were given"):
+        run(model, rows_of(model)[:2], 5, image_guidance=1.5)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [2, 3])
 def test_rows_in_one_batch_equal_rows_apart(rows):

@@ -1,0 +1,185 @@
+"""Training tokens per second of DiDA against plain next-token training: same weights, same windows, one run.
+
+All tokens of a batch count, in DiDA the noisy copies too. Weights and windows are random; a step is loss, gradient and
+optimizer.
+
+python -m emu_embodied.experiments.bench_adapt --json results/bench_adapt.json
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from emu_embodied.data.batches import WindowBatch
+from emu_embodied.files import write_json
+from emu_embodied.models.ibq import IBQ
+from emu_embodied.models.transformer import EmuForCausalLM
+from emu_embodied.presets import Preset, preset
+from emu_embodied.provenance import make_meta, meta_dict
+from emu_embodied.records import Field
+from emu_embodied.tokens.frames import IBQFrameTokenizer
+from emu_embodied.train.adapt import dida_loss
+from emu_embodied.train.loop import LossOutput, build_optimizer
+from emu_embodied.train.pretrain import WorldTraining, next_token_loss
+from emu_embodied.world_config import WorldModelConfig
+from emu_embodied.world_model import WorldModel
+
+PROPRIO = tuple(Field(f"p{i}", "1", -1.0, 1.0) for i in range(8))
+"""Proprio of the robot that the random windows are of."""
+ACTION_DIM = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdaptBench:
+    """What to measure."""
+
+    presets: str = "nano"
+    """Sizes, with commas between."""
+    paths: str = "uniform;metric;state_coupled;mask;uniform,metric,state_coupled,mask"
+    """Noise processes, with semicolons between runs and commas between those of one run."""
+    batch: int = 8
+    """Windows in a batch [windows]."""
+    repeats: int = 5
+    """Steps of each kind, taken in turns; the fastest counts, as whatever else runs can only slow one down."""
+    threads: int = 1
+    """CPU threads [threads]."""
+    device: str = "cpu"
+    """Where to compute."""
+    flex: bool = False
+    """Also measure attention by FlexAttention (on a GPU)."""
+    json: Path | None = None
+    """Where to write the rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One kind of training at one size."""
+
+    preset: str
+    batch: int
+    who: str
+    """``next token``, or ``dida`` with its noise."""
+    tokens: int
+    """Tokens in a batch, copies included [tokens]."""
+    seconds: float
+    """A step [s]."""
+    tokens_per_second: float
+    """[tokens/s]"""
+    of_next_token: float
+    """This rate over that of next-token training."""
+
+
+def untrained(row: Preset, seed: int = 0) -> WorldModel:
+    """A world model of a preset with random weights."""
+    config = WorldModelConfig(
+        env_ids=("Random-v0",),
+        data_hash="0" * 64,
+        cameras=row.cameras,
+        image_size=row.image_size,
+        camera_tokens=(row.image_size // row.ibq.cell) ** 2,
+        codebook=row.ibq.n_embed,
+        block=row.block,
+        action_dim=ACTION_DIM,
+        proprio=PROPRIO,
+        text_length=row.text_length,
+        action_bins=row.action_bins,
+        state_bins=row.state_bins,
+        reward_bins=row.reward_bins,
+        context_states=row.context_states,
+        max_states=row.max_states,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = EmuForCausalLM(row.backbone(ACTION_DIM))
+        ibq = IBQ(row.ibq)
+    return WorldModel(config, backbone, IBQFrameTokenizer(ibq))
+
+
+def random_windows(world: WorldModel, count: int, seed: int = 0) -> WindowBatch:
+    """Windows of noise that a model could be trained on."""
+    config, layout, generator = world.config, world.layout, torch.Generator().manual_seed(seed)
+    states = config.max_states
+    text = layout.text_ids(world.text.encode("push"))
+    return WindowBatch(
+        text.expand(count, -1),
+        torch.randint(config.codebook, (count, states, len(layout.frame_slots)), generator=generator),
+        torch.rand(count, states, layout.num_proprio, generator=generator) * 2 - 1,
+        torch.rand(count, states - 1, config.block, config.action_dim, generator=generator) * 2 - 1,
+        torch.rand(count, states, generator=generator),
+        torch.rand(count, states, generator=generator) < 0.1,
+        torch.ones(count, dtype=torch.bool),
+    )
+
+
+def bench(name: str, config: AdaptBench) -> list[Row]:
+    """Measure all kinds of training at one size."""
+    device = torch.device(config.device)
+    world = untrained(preset(name))
+    backbone = world.backbone.to(device).requires_grad_(True).train()
+    batch = random_windows(world, config.batch).to(device)
+    training = WorldTraining(batch=config.batch, source_share=0.5)
+    optimizer = build_optimizer(training.loop, backbone)
+    kinds: dict[str, Callable[[torch.Generator], LossOutput]] = {
+        "next token": lambda generator: next_token_loss(world, batch, training, generator)
+    }
+    for flex in (False, True) if config.flex else (False,):
+        chosen = replace(training, flex_attention=flex)
+        for names in config.paths.split(";"):
+            paths = [world.path(path.strip()) for path in names.split(",")]
+            kinds[f"dida {names}{' flex' if flex else ''}"] = lambda generator, paths=paths, chosen=chosen: dida_loss(
+                world, batch, chosen, paths, generator
+            )
+    best = dict.fromkeys(kinds, float("inf"))
+    tokens = dict.fromkeys(kinds, 0)
+    for repeat in range(config.repeats + 1):  # the first is a warm-up
+        for who, loss in kinds.items():
+            start = time.perf_counter()
+            output = loss(torch.Generator().manual_seed(repeat))
+            optimizer.zero_grad(set_to_none=True)
+            output.loss.backward()
+            optimizer.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if repeat:
+                best[who] = min(best[who], time.perf_counter() - start)
+            tokens[who] = output.items
+    plain = tokens["next token"] / best["next token"]
+    return [
+        Row(
+            preset=name,
+            batch=config.batch,
+            who=who,
+            tokens=tokens[who],
+            seconds=best[who],
+            tokens_per_second=tokens[who] / best[who],
+            of_next_token=tokens[who] / best[who] / plain,
+        )
+        for who in kinds
+    ]
+
+
+def main(config: AdaptBench) -> None:
+    """Measure, print a table, write JSON."""
+    torch.set_num_threads(config.threads)
+    print(f"{'preset':8s} {'batch':>5s} {'who':50s} {'tokens':>7s} {'s':>7s} {'tokens/s':>9s} {'ratio':>6s}")
+    rows: list[Row] = []
+    for name in config.presets.split(","):
+        for row in bench(name.strip(), config):
+            rows.append(row)
+            print(
+                f"{row.preset:8s} {row.batch:5d} {row.who:50s} {row.tokens:7d} {row.seconds:7.3f} "
+                f"{row.tokens_per_second:9.0f} {row.of_next_token:6.2f}"
+            )
+    if config.json is not None:
+        meta = make_meta(seed=0, device=config.device, threads=config.threads)
+        write_json(config.json, {"rows": [asdict(row) for row in rows], "meta": meta_dict(meta)})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(AdaptBench))

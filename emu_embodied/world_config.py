@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from emu_embodied.decode.order import Order, check_order
 from emu_embodied.decode.paths import known_path
 from emu_embodied.models.checkpoints import read_config
 from emu_embodied.records import Field
@@ -63,6 +64,12 @@ class WorldModelConfig:
     """Parallel passes a state (DiDA)."""
     temperature: float = 0.0
     """Sampling temperature; 0 takes the most likely token."""
+    order: Order = "random"
+    """Which tokens settle first when there are several passes (DiDA)."""
+    time_shift: float = 1.0
+    """Above 1 the passes stay longer near noise (DiDA)."""
+    entropy_bound: float = 1.0
+    """Tokens whose entropies sum up to it settle together in the order ``entropy`` (DiDA) [nats]."""
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -84,6 +91,7 @@ class WorldModelConfig:
         _check_count("subgoals", self.subgoals, 0)
         if not self.temperature >= 0:
             raise ValueError(f"temperature is {self.temperature}, it has to be at least 0")
+        check_order(self.order, self.time_shift, self.entropy_bound)
 
     @property
     def layout(self) -> SequenceLayout:

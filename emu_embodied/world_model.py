@@ -14,8 +14,9 @@ import torch
 from transformers.utils import logging
 
 from emu_embodied.decode.autoregressive import SequentialDecoder
-from emu_embodied.decode.dida import DecodedState, ParallelDecoder, StateDecoder
+from emu_embodied.decode.dida import ParallelDecoder, StateDecoder
 from emu_embodied.decode.grammar import StateLogits, expected_bin
+from emu_embodied.decode.order import Order
 from emu_embodied.decode.paths import StatePath, known_path, make_path
 from emu_embodied.decode.subgoals import SubgoalDecoder
 from emu_embodied.files import write_json
@@ -97,8 +98,16 @@ class WorldModel:
             return SequentialDecoder(self.backbone, self.layout, config.temperature)
         if not config.paths:
             raise ValueError("these weights were trained by next token only; run `emu-embodied train dida` first")
-        path = self.path(config.paths[0])
-        return ParallelDecoder(self.backbone, self.layout, path, config.passes, config.temperature)
+        return ParallelDecoder(
+            self.backbone,
+            self.layout,
+            self.path(config.paths[0]),
+            config.passes,
+            config.temperature,
+            config.order,
+            config.time_shift,
+            config.entropy_bound,
+        )
 
     def path(self, name: str) -> StatePath:
         """A noise process over this model's codes and proprio bins.
@@ -115,6 +124,9 @@ class WorldModel:
         path: str | None = None,
         passes: int = 1,
         temperature: float = 0.0,
+        order: Order | None = None,
+        time_shift: float | None = None,
+        entropy_bound: float | None = None,
     ) -> WorldModel:
         """The same weights behind another decoder.
 
@@ -124,9 +136,12 @@ class WorldModel:
                 left out.
             passes: of parallel decoding.
             temperature: of sampling; 0 takes the most likely token.
+            order: which tokens settle first when there are several passes; the checkpoint's if left out, as below.
+            time_shift: above 1 the passes stay longer near noise.
+            entropy_bound: of the order ``entropy`` [nats].
 
         Raises:
-            ValueError: if the weights were not adapted with ``path``.
+            ValueError: if the weights were not adapted with ``path``, or a number is out of its range.
         """
         paths = self.config.paths
         if path is not None:
@@ -136,7 +151,16 @@ class WorldModel:
                     f"these weights were {adapted}, not with {path!r}: run `emu-embodied train dida --path {path}`"
                 )
             paths = (path, *(name for name in paths if name != path))
-        config = replace(self.config, decoding=decoding, paths=paths, passes=passes, temperature=temperature)
+        config = replace(
+            self.config,
+            decoding=decoding,
+            paths=paths,
+            passes=passes,
+            temperature=temperature,
+            order=self.config.order if order is None else order,
+            time_shift=self.config.time_shift if time_shift is None else time_shift,
+            entropy_bound=self.config.entropy_bound if entropy_bound is None else entropy_bound,
+        )
         return WorldModel(config, self.backbone, self.frames)
 
     # -- observe -----------------------------------------------------------------------------------------------------
@@ -221,32 +245,38 @@ class WorldModel:
             raise ValueError("actions hold NaN or infinity")
         num_plans, horizon = actions_SHKA.shape[:2]
         actions_SHKA = actions_SHKA.to(self.device, torch.float32)
-        decoded: list[DecodedState] = []
+        states: list[StateTokens] = []
+        proprio, reward, success, fine = [], [], [], []
         num_states = len(belief.history)
         cache = self._branches(num_plans, belief.cache)
         current = StateTokens(belief.tokens_N, self.proprio.encode(belief.proprio_P)).expand(num_plans)
         pending, condition = self._act(actions_SHKA[:, 0])
         for h in range(horizon):
-            decoded.append(self.decoder.decode(cache, pending, condition, current, generator))
-            current = StateTokens(decoded[-1].codes_SN, decoded[-1].proprio_SP)
+            state = self.decoder.decode(cache, pending, condition, current, generator)
+            current = StateTokens(state.codes_SN, state.proprio_SP)
+            states.append(current)
+            proprio.append(self.proprio.decode(expected_bin(state.logits.proprio)))
+            reward.append(self.reward.decode(expected_bin(state.logits.reward)))
+            success.append(torch.softmax(state.logits.success, -1)[:, 1])
+            fine.append(_finite(state.logits))
             num_states += 1
-            _check_finite(decoded[-1].logits, h)
             if h + 1 == horizon:
                 break
             action_embeds, condition = self._act(actions_SHKA[:, h + 1])
             if num_states < config.max_states:
-                pending = torch.cat([decoded[-1].pending_SLD, action_embeds], 1)
+                pending = torch.cat([state.pending_SLD, action_embeds], 1)
             else:
-                recent = decoded[-config.context_states :]
+                recent = states[-config.context_states :]
                 num_states = len(recent)
                 cache = self._branches(num_plans, self._prefix(self._text(belief.history[-1].instruction)))
                 stream = self._restream(recent, actions_SHKA[:, h + 2 - num_states : h + 1])
                 pending = torch.cat([stream, action_embeds], 1)
+        _check_finite(torch.stack(fine))
         return Imagination(
-            torch.stack([state.codes_SN for state in decoded], 1),
-            torch.stack([self.proprio.decode(expected_bin(state.logits.proprio)) for state in decoded], 1),
-            torch.stack([self.reward.decode(expected_bin(state.logits.reward)) for state in decoded], 1),
-            torch.stack([torch.softmax(state.logits.success, -1)[:, 1] for state in decoded], 1),
+            torch.stack([tokens.codes for tokens in states], 1),
+            torch.stack(proprio, 1),
+            torch.stack(reward, 1),
+            torch.stack(success, 1),
         )
 
     def render(self, imagination: Imagination, plans: Sequence[int], horizons: Sequence[int]) -> Frames:
@@ -345,9 +375,9 @@ class WorldModel:
     def _is_block(self, action: torch.Tensor) -> bool:
         return tuple(action.shape) == (self.config.block, self.config.action_dim)
 
-    def _restream(self, states: Sequence[DecodedState], actions_STKA: torch.Tensor) -> torch.Tensor:
+    def _restream(self, states: Sequence[StateTokens], actions_STKA: torch.Tensor) -> torch.Tensor:
         """Embeddings [S, L, D] of imagined states and the blocks between them, as if the first began a sequence."""
-        embeds = [self.backbone.embed(self.layout.state_ids(state.codes_SN, state.proprio_SP)) for state in states]
+        embeds = [self.backbone.embed(self.layout.state_ids(state.codes, state.proprio)) for state in states]
         pieces = embeds[:1]
         for t, state_embeds in enumerate(embeds[1:]):
             action_embeds, condition = self._act(actions_STKA[:, t])
@@ -411,14 +441,20 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_finite(logits: StateLogits, block: int) -> None:
-    """Name the first candidate of which anything is NaN or infinite.
+def _finite(logits: StateLogits) -> torch.Tensor:
+    """Bool [S]: whether everything of a candidate is finite."""
+    parts = (logits.frame, logits.proprio, logits.reward, logits.success)
+    return torch.stack([part.flatten(1).sum(1) for part in parts]).isfinite().all(0)
+
+
+def _check_finite(fine_HS: torch.Tensor) -> None:
+    """Name the first block, and its first candidate, of which anything is NaN or infinite.
+
+    This is where a rollout waits for its device for the first time.
 
     Raises:
         ValueError: if there is one.
     """
-    parts = (logits.frame, logits.proprio, logits.reward, logits.success)
-    fine_S = torch.stack([part.flatten(1).sum(1) for part in parts]).isfinite().all(0)
-    if not bool(fine_S.all()):
-        candidate = int((~fine_S).nonzero()[0])
+    if not bool(fine_HS.all()):
+        block, candidate = (~fine_HS).nonzero()[0].tolist()
         raise ValueError(f"the model produced NaN for candidate {candidate} at block {block}: its weights are damaged")

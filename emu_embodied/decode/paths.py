@@ -20,7 +20,9 @@ from emu_embodied.tokens.sequence import MASKED, StateTokens
 
 
 class Path(Protocol):
-    """A probability path p_t(x | x_0, x_1) over the ids of one kind of token."""
+    """A probability path p_t(x | x_0, x_1) over the ids 0 .. ``size`` - 1 of one kind of token."""
+
+    size: int
 
     def source(self, current_SN: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """x_0: int64 [S, ...] to start decoding from, given the tokens of the state before.

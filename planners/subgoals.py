@@ -167,6 +167,11 @@ class Pursuit:
         self._failures = 0
         self._asked = ""
 
+    @property
+    def doing(self) -> str:
+        """The sentence of the subgoal at hand; empty if there is none."""
+        return "" if self._attempt is None else self._attempt.keyframe.subgoal.text
+
     def __call__(self, imagination: Imagination) -> torch.Tensor:
         """Cost float32 [S] of futures with regard to the subgoal at hand.
 

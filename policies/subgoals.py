@@ -47,6 +47,11 @@ class SubgoalPolicy(PlanningPolicy):
         return tuple(self.pursuit.traces)
 
     @property
+    def doing(self) -> str:
+        """The sentence of the subtask at hand, or why there is none."""
+        return self.pursuit.doing or self.pursuit.ended
+
+    @property
     def ended(self) -> str:
         """Why it stopped pursuing subgoals; empty if it did not."""
         return self.pursuit.ended

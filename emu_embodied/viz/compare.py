@@ -85,10 +85,10 @@ class _Canvas:
         image = Image.new("RGB", self.size, BACKGROUND)
         pen = ImageDraw.Draw(image)
         instruction = f"\u201c{trace.instruction}\u201d"
-        size = next((size for size in (20, 17, 14) if _font(size, bold=True).getlength(instruction) <= self.inner), 11)
-        pen.text((MARGIN, 12), instruction, font=_font(size, bold=True), fill=TEXT)
+        size = next((size for size in (20, 17, 14) if font(size, bold=True).getlength(instruction) <= self.inner), 11)
+        pen.text((MARGIN, 12), instruction, font=font(size, bold=True), fill=TEXT)
         origin = f"{trace.env_id}, seed {trace.seed}"
-        pen.text((self.size[0] - MARGIN, HEAD - 20), origin, font=_font(14), fill=FAINT, anchor="ra")
+        pen.text((self.size[0] - MARGIN, HEAD - 20), origin, font=font(14), fill=FAINT, anchor="ra")
         self._side(image, MARGIN, {camera: trace.frames[camera][state] for camera in self.cameras})
         caption, colour = f"block {state}", TEXT
         if state == len(trace):
@@ -111,11 +111,11 @@ class _Canvas:
 
     def _caption(self, pen: ImageDraw.ImageDraw, left: int, title: _Label, caption: _Label, reward: float) -> None:
         """Title above the pictures; below them what is seen, and the reward as a number and a bar."""
-        pen.text((left, HEAD - 20), title[0], font=_font(14, bold=True), fill=title[1])
+        pen.text((left, HEAD - 20), title[0], font=font(14, bold=True), fill=title[1])
         below = HEAD + self.panel_height + 10
         right = left + self.side_width
-        pen.text((left, below), caption[0], font=_font(15), fill=caption[1])
-        pen.text((right, below), f"reward {reward:.2f}", font=_font(15), fill=TEXT, anchor="ra")
+        pen.text((left, below), caption[0], font=font(15), fill=caption[1])
+        pen.text((right, below), f"reward {reward:.2f}", font=font(15), fill=TEXT, anchor="ra")
         bar = below + 26
         filled = left + round(self.side_width * min(max(reward, 0.0), 1.0))
         pen.rectangle((left, bar, right, bar + 6), fill=EMPTY)
@@ -123,7 +123,7 @@ class _Canvas:
 
 
 @lru_cache(maxsize=16)
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib brings along."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)

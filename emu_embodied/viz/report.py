@@ -13,12 +13,13 @@ from emu_embodied.provenance import meta_dict
 from emu_embodied.records import Meta
 from emu_embodied.viz.compare import FPS, plan_video
 from emu_embodied.viz.figures import imagined_vs_real_figure, save_figure
+from emu_embodied.viz.subgoals import subgoals_summary, write_subgoals
 from emu_embodied.viz.trace import EpisodeTrace
 from emu_embodied.viz.video import write_video
 
 
 def write_plan_report(trace: EpisodeTrace, folder: Path, meta: Meta) -> list[Path]:
-    """Write ``plan.mp4``, ``imagined_vs_real.png`` and, last, ``result.json``.
+    """Write ``plan.mp4``, ``imagined_vs_real.png``, what ``write_subgoals`` writes and, last, ``result.json``.
 
     Args:
         trace: an episode with frames; the figure needs recorded futures and is left out without them.
@@ -34,6 +35,8 @@ def write_plan_report(trace: EpisodeTrace, folder: Path, meta: Meta) -> list[Pat
     if foretold(trace):
         save_figure(figure, imagined_vs_real_figure(trace))
         written.append(figure)
+    if trace.subgoals or trace.ended:
+        written += write_subgoals(trace, folder)
     write_json(result, {**summary(trace), "meta": meta_dict(meta)})
     return [*written, result]
 
@@ -62,6 +65,8 @@ def summary(trace: EpisodeTrace) -> dict[str, Any]:
             for decision in trace.decisions
         ],
         "imagined_vs_real": _errors(trace),
+        "subgoals": subgoals_summary(trace),
+        "ended": trace.ended,
     }
 
 

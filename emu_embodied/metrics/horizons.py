@@ -37,6 +37,10 @@ class HorizonRow:
     """Pearson correlation of imagined and real reward; None where either is constant."""
     proprio_mae: float
     """Mean absolute error of the proprio fields, each in its own unit."""
+    repeated_share: float
+    """Share of imagined frames that equal the frame before them in every code."""
+    real_repeated_share: float
+    """The same of the real frames."""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
@@ -136,8 +140,14 @@ def score_horizons(world: WorldModel, episodes: Sequence[Episode], horizon: int,
         real = episode.frames[camera][: horizon + 1]
         imagined = world.render(imagination, [0], list(range(horizon)))[camera][0]
         felt_HP = imagination.proprio_SHP[0].cpu().numpy()
+        before_HN = torch.cat([codes_TN[:1], imagination.tokens_SHN[0, :-1]])
         found.append(
             _Compared(
+                repeated_H2=torch.stack(
+                    [(imagination.tokens_SHN[0] == before_HN).all(1), (codes_TN[1:] == codes_TN[:-1]).all(1)], 1
+                )
+                .cpu()
+                .numpy(),
                 right_HN=(imagination.tokens_SHN[0] == codes_TN[1:]).cpu().numpy(),
                 still_HN=(codes_TN[1:] == codes_TN[:1]).cpu().numpy(),
                 real=real,
@@ -159,6 +169,7 @@ def score_horizons(world: WorldModel, episodes: Sequence[Episode], horizon: int,
 class _Compared:
     """One episode: what was imagined beside what is true."""
 
+    repeated_H2: np.ndarray
     right_HN: np.ndarray
     still_HN: np.ndarray
     real: np.ndarray
@@ -183,6 +194,8 @@ def _row(found: Sequence[_Compared], h: int) -> HorizonRow:
         tokenizer_psnr=_mean_psnr([(one.rebuilt[h], one.real[h + 1]) for one in found]),
         reward_corr=float(np.corrcoef(rewards)[0, 1]) if varied else None,
         proprio_mae=float(np.mean([one.proprio_H[h] for one in found])),
+        repeated_share=float(np.mean([one.repeated_H2[h, 0] for one in found])),
+        real_repeated_share=float(np.mean([one.repeated_H2[h, 1] for one in found])),
     )
 
 

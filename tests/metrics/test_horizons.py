@@ -90,6 +90,11 @@ def test_figures_are_those_of_their_definitions(world, scores):
         assert row.token_accuracy == pytest.approx(right.mean())
         moved = codes_at(world, h + 1) != codes_at(world, 0)
         assert row.changed_token_accuracy == pytest.approx(right[moved].mean())
+        same = [(codes_at(world, h + 1)[e] == codes_at(world, h)[e]).all() for e in range(len(EPISODES))]
+        assert row.real_repeated_share == np.mean(same)
+        before = codes_at(world, 0) if h == 0 else np.stack([i.tokens_SHN[0, h - 1].numpy() for i in imagined])
+        found = np.stack([i.tokens_SHN[0, h].numpy() for i in imagined])
+        assert row.repeated_share == (found == before).all(1).mean()
 
 
 def codes_at(world, t: int) -> np.ndarray:
@@ -104,6 +109,9 @@ def test_what_is_not_defined_is_none_and_json_ready(world):
     assert single.reward_corr is None
     frozen = replace(EPISODES[0], frames={n: np.repeat(f[:1], len(f), 0) for n, f in EPISODES[0].frames.items()})
     row = score_horizons(world, [frozen, frozen], 2, seed=0).rows[1]
+    assert row.real_repeated_share == 1
+    copied = Oracle(world, lambda found: replace(found, tokens_SHN=found.tokens_SHN[:, :1].expand(-1, 3, -1)))
+    assert [row.repeated_share for row in score_horizons(copied, EPISODES, 3, seed=0).rows][1:] == [1, 1]
     assert row.changed_token_accuracy is None and row.copy_last_token_accuracy == 1 and row.copy_last_psnr == 60
     content = json.loads(json.dumps(row.to_dict(), allow_nan=False))
     named = (

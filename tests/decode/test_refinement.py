@@ -199,34 +199,46 @@ def test_candidates_apart_as_together(world, path, order):
         assert_same(alone.logits, together.logits.at(slice(s, s + 1)))
 
 
-@torch.inference_mode()
-def test_candidates_that_are_what_is_predicted_stop():
-    """Still worlds: the state before is what every pass predicts, so one pass is enough."""
+@pytest.fixture(scope="module")
+def still():
+    """A world that predicts zeros whatever it sees."""
     world = tiny.make_world(paths=("state_coupled",))
     world.backbone.lm_head.weight.zero_()
-    decoder = decoder_of(world, "state_coupled", passes=8)
+    return world
+
+
+def decode_from(world, current: StateTokens, draws: torch.Generator, passes: int = 8):
     pending, condition = world._act(tiny.plans(PLANS, 1)[:, 0])
-    current = StateTokens(torch.zeros(PLANS, 8, dtype=torch.long), torch.zeros(PLANS, 3, dtype=torch.long))
-    current.codes[1, 2] = 5
-    current.proprio[3, 0] = 1
-    calls, counting = count_computed(world)
-    belief = world.observe([tiny.observation(EPISODE, 0)])
-    with counting:
-        cache = world._branches(PLANS, belief.cache)
-        found = decoder.decode(cache, pending, condition, current, generator())
-    assert not found.codes_SN.any() and not found.proprio_SP.any()
-    assert [sequences for sequences, _ in calls][:2] == [4, 2]
-    assert all(sequences <= 2 for sequences, _ in calls[1:])
+    cache = world._branches(PLANS, world.observe([tiny.observation(EPISODE, 0)]).cache)
+    decoder = decoder_of(world, "state_coupled", passes=passes)
+    return decoder.decode(cache, pending, condition, current, draws)
+
+
+def still_tokens() -> StateTokens:
+    return StateTokens(torch.zeros(PLANS, 8, dtype=torch.long), torch.zeros(PLANS, 3, dtype=torch.long))
 
 
 @torch.inference_mode()
-def test_stopping_early_takes_no_numbers_from_later_states(world):
+def test_candidates_that_are_what_is_predicted_stop(still):
+    """The state before is what every pass predicts, so one pass is enough."""
+    current = still_tokens()
+    current.codes[1, 2] = 5
+    current.proprio[3, 0] = 1
+    calls, counting = count_computed(still)
+    with counting:
+        found = decode_from(still, current, generator())
+    assert not found.codes_SN.any() and not found.proprio_SP.any()
+    assert [sequences for sequences, _ in calls][1:3] == [4, 2]  # the first call is the belief's
+    assert all(sequences <= 2 for sequences, _ in calls[2:])
+
+
+@torch.inference_mode()
+def test_stopping_early_takes_no_numbers_from_later_states(still):
+    moving = still_tokens()
+    moving.codes[:] = 7
     draws = [generator(), generator()]
-    for rows, own in zip((slice(0, 1), slice(None)), draws, strict=True):
-        pending, condition = world._act(tiny.plans(PLANS, 1)[rows, 0])
-        cache = world._branches(len(pending), world.observe([tiny.observation(EPISODE, 0)]).cache)
-        _, _, current = clean_stream(world)
-        decoder_of(world, "state_coupled", passes=6).decode(cache, pending, condition, at(current, rows), own)
+    for current, own in zip((still_tokens(), moving), draws, strict=True):
+        decode_from(still, current, own)
     assert torch.equal(*(torch.rand(3, generator=own) for own in draws))
 
 

@@ -19,7 +19,7 @@ from emu_embodied.envs.tasks import COLOURS, Scene, Task, WorldState
 
 
 @contextmanager
-def _without_greetings() -> Iterator[None]:
+def without_greetings() -> Iterator[None]:
     """Bullet greets on the process's stdout and stderr from C++; output that others parse must not contain that."""
     saved = []
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
@@ -37,7 +37,7 @@ def _without_greetings() -> Iterator[None]:
         os.close(nowhere)
 
 
-with _without_greetings():
+with without_greetings():
     import pybullet
     from pybullet_utils.bullet_client import BulletClient
 
@@ -74,7 +74,7 @@ class BulletEngine:
         self._size = image_size
         self._pretty = pretty
         self._task = task
-        with _without_greetings():
+        with without_greetings():
             self._client = client = BulletClient(connection_mode=pybullet.DIRECT)
         client.setTimeStep(TIMESTEP)
         client.setGravity(0.0, 0.0, -9.81)

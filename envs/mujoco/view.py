@@ -155,13 +155,13 @@ def _decimate(model: Any, mesh: int, faces: int) -> None:
     points = model.mesh_vert[vert : vert + model.mesh_vertnum[mesh]]
     corners = model.mesh_face[face : face + model.mesh_facenum[mesh]]
     # Files repeat a point for each of its faces' normals; such seams would open into holes.
-    grain = float(np.ptp(points, axis=0).max()) * 1e-5
-    _, first, merged = np.unique(np.round(points / grain), axis=0, return_index=True, return_inverse=True)
-    corners = merged.reshape(-1)[corners]
-    simplify = require("fast_simplification", extra="suites").simplify
-    points, corners = simplify(
-        points[first].astype(np.float32), np.ascontiguousarray(corners, np.int32), target_count=faces
-    )
+    points, corners = _merged(points, corners, 1e-5)
+    for grain in (0.0, 0.03, 0.05, 0.08, 0.12):
+        # Loose shells (screws, threads) cannot be collapsed edge by edge; on a coarser grid they fall together.
+        points, corners = _merged(points, corners, grain) if grain else (points, corners)
+        points, corners = _simplified(points, corners, faces)
+        if len(corners) <= 1.2 * faces:
+            break
     normals, which = _normals(points, corners)
     if len(points) > model.mesh_vertnum[mesh] or len(normals) > model.mesh_normalnum[mesh]:
         return
@@ -172,6 +172,24 @@ def _decimate(model: Any, mesh: int, faces: int) -> None:
     model.mesh_facenormal[face : face + count] = which
     model.mesh_vertnum[mesh], model.mesh_facenum[mesh], model.mesh_normalnum[mesh] = len(points), count, len(normals)
     model.mesh_graphadr[mesh] = -1  # the convex hull names vertices that are no more
+
+
+def _simplified(points: np.ndarray, corners: np.ndarray, faces: int) -> tuple[np.ndarray, np.ndarray]:
+    if len(corners) <= faces:
+        return points, corners
+    simplify = require("fast_simplification", extra="suites").simplify
+    return simplify(points.astype(np.float32), np.ascontiguousarray(corners, np.int32), target_count=faces)
+
+
+def _merged(points: np.ndarray, corners: np.ndarray, grain: float) -> tuple[np.ndarray, np.ndarray]:
+    """Points that share a cell of a grid become one; ``grain`` is the cell's share of the largest extent."""
+    cell = float(np.ptp(points, axis=0).max()) * grain
+    _, first, which = np.unique(np.round(points / cell), axis=0, return_index=True, return_inverse=True)
+    corners = which.reshape(-1)[corners]
+    flat = (corners == np.roll(corners, 1, axis=1)).any(1)
+    corners = corners[~flat]
+    _, once = np.unique(np.sort(corners, axis=1), axis=0, return_index=True)
+    return points[first], corners[once]
 
 
 def _normals(points: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -126,6 +126,28 @@ SUITES: dict[str, Suite] = {
             world="pusht:PushT",
             modules=("gym_pusht",),
         ),
+        Suite(
+            name="fetch",
+            tasks={f"Fetch/{task}": task for task in ("Reach", "Push", "PickAndPlace", "Slide")},
+            world="fetch:Fetch",
+            modules=("mujoco", "gymnasium_robotics", "fast_simplification"),
+            limits=(_JOINT_TYPES,),
+        ),
+        Suite(
+            name="ogbench",
+            tasks={
+                f"OGBench/{task}": task
+                for task in ("cube-single", "cube-double", "cube-triple", "cube-quadruple", "scene")
+            },
+            world="ogbench:OGBench",
+            modules=("mujoco", "ogbench", "dm_control", "fast_simplification"),
+        ),
+        Suite(
+            name="panda-gym",
+            tasks={f"PandaGym/{task}": task for task in ("Reach", "Push", "Slide", "PickAndPlace", "Stack")},
+            world="panda_gym:PandaGym",
+            modules=("pybullet", "panda_gym"),
+        ),
     )
 }
 """Name -> suite."""

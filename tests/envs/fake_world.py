@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import gymnasium
 import numpy as np
 
 from emu_embodied.records import Field
@@ -78,3 +81,36 @@ class FakeOracle:
     def act(self) -> np.ndarray:
         x, y, goal_x, goal_y, _ = self.world.state
         return 10 * np.array([goal_x - x, goal_y - y])
+
+
+class Corridor(gymnasium.Env):
+    """A Gymnasium environment as others write them: actions in [0, 3], rewards in [-2, 0], an end."""
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+    observation_space = gymnasium.spaces.Dict(
+        {
+            "place": gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float64),
+            "view": gymnasium.spaces.Box(0, 255, (48, 80, 3), np.uint8),
+        }
+    )
+
+    def __init__(self, *, fair: bool = True, actions: gymnasium.Space | None = None) -> None:
+        self.action_space = actions or gymnasium.spaces.Box(0.0, 3.0, (1,), np.float32)
+        self.fair, self.place = fair, 0.0
+        self.lots = np.random.default_rng()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.place = float(self.np_random.uniform(-1.0, 0.5))
+        return self.seen(), {}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        step = 0.1 * float(action[0]) if self.fair else float(self.lots.uniform(0.0, 0.1))
+        self.place = min(self.place + step, 1.0)
+        return self.seen(), self.place - 1.0, self.place >= 1.0, False, {}
+
+    def seen(self) -> dict[str, np.ndarray]:
+        view = np.full((48, 80, 3), 30, np.uint8)
+        column = 16 + int((self.place + 1) / 2 * 44)
+        view[20:28, column : column + 4] = 255
+        return {"place": np.array([self.place]), "view": view}

@@ -59,8 +59,10 @@ class Collect:
     Running it again with the same flags continues a run that was stopped.
     """
 
-    env: str
+    env: str = ""
     """Environment id, or several with commas between."""
+    suite: str = ""
+    """All of a suite instead: panda, metaworld, pusht, fetch, ogbench, panda-gym."""
     episodes: int = 100
     """Episodes the dataset shall have."""
     out: Path
@@ -77,14 +79,12 @@ class Collect:
     def run(self) -> int:
         """Collect."""
         from emu_embodied.data.collect import CollectConfig, collect
-        from emu_embodied.envs.registry import check_env_id, make
+        from emu_embodied.envs.registry import make
         from emu_embodied.policies.behaviours import BEHAVIOURS
         from emu_embodied.provenance import make_meta, meta_dict
 
-        for env_id in self.env.split(","):
-            check_env_id(env_id.strip())
         config = CollectConfig(
-            env=self.env,
+            env=",".join(_env_ids(self.env, self.suite)),
             episodes=self.episodes,
             out=self.out,
             workers=self.workers,
@@ -98,6 +98,18 @@ class Collect:
         for name, (solved, total) in sorted(result.success.items()):
             print(f"  {name}: {solved} of {total} episodes successful")
         return 0
+
+
+def _env_ids(env: str, suite: str) -> list[str]:
+    """The ids that ``--env`` names or ``--suite`` stands for, each of them known and installed."""
+    from emu_embodied.envs.registry import check_env_id, suite_ids
+
+    if bool(env) == bool(suite):
+        raise ValueError("give --env or --suite, one of them")
+    env_ids = [name.strip() for name in env.split(",")] if env else list(suite_ids(suite))
+    for env_id in env_ids:
+        check_env_id(env_id)
+    return env_ids
 
 
 def _shares(text: str) -> dict[str, float]:
@@ -223,8 +235,10 @@ class Bench(_Search):
     A file that exists is completed: rows of the same settings are kept, others are measured.
     """
 
-    env: str
+    env: str = ""
     """Environment id, or several with commas between."""
+    suite: str = ""
+    """All of a suite instead: panda, metaworld, pusht, fetch, ogbench, panda-gym."""
     policy: str
     """random, scripted, shooting, imagined or true; or several with commas between."""
     episodes: int = 100
@@ -238,14 +252,12 @@ class Bench(_Search):
 
     def run(self) -> int:
         """Measure."""
-        from emu_embodied.envs.registry import check_env_id, make
+        from emu_embodied.envs.registry import make
         from emu_embodied.policies.evaluate import bench, format_table, read_results, write_results
         from emu_embodied.provenance import make_meta
         from emu_embodied.world_config import WorldModelConfig, checkpoint_folder
 
-        env_ids = [name.strip() for name in self.env.split(",")]
-        for env_id in env_ids:
-            check_env_id(env_id)
+        env_ids = _env_ids(self.env, self.suite)
         policies = [self._spec(name.strip()) for name in self.policy.split(",")]
         if self.episodes < 1:
             raise ValueError(f"--episodes is {self.episodes}, it has to be at least 1")

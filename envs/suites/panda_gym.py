@@ -1,4 +1,4 @@
-"""panda-gym's tasks (Gallouédec et al. 2021; version 3): a Panda in PyBullet. Flip's texture is missing, so it is too."""
+"""panda-gym (Gallouédec et al. 2021; version 3): a Panda in PyBullet. Flip is left out, as its texture is missing."""
 
 from __future__ import annotations
 

@@ -319,20 +319,19 @@ class WorldModel:
         codes_N, proprio_P, _ = self._state(observation, None)
         current = StateTokens(codes_N, self.proprio.encode(proprio_P)).expand(1)
         decoder = SubgoalDecoder(self.backbone, self.layout, self.decoder, self.config.temperature)
-        proposed = []
-        for found in decoder.decode(instruction, current, steps, generator):
-            logits = found.state.logits
-            _check_finite(logits, len(proposed))
-            proposed.append(
-                Subgoal(
-                    self.text.decode(found.text),
-                    found.state.codes_SN[0],
-                    self.proprio.decode(expected_bin(logits.proprio))[0],
-                    float(self.reward.decode(expected_bin(logits.reward))[0]),
-                    float(torch.softmax(logits.success, -1)[0, 1]),
-                )
+        found = decoder.decode(instruction, current, steps, generator)
+        if found:
+            _check_finite(torch.stack([_finite(subgoal.state.logits) for subgoal in found]))
+        return tuple(
+            Subgoal(
+                self.text.decode(subgoal.text),
+                subgoal.state.codes_SN[0],
+                self.proprio.decode(expected_bin(subgoal.state.logits.proprio))[0],
+                float(self.reward.decode(expected_bin(subgoal.state.logits.reward))[0]),
+                float(torch.softmax(subgoal.state.logits.success, -1)[0, 1]),
             )
-        return tuple(proposed)
+            for subgoal in found
+        )
 
     # -- pieces of the stream ----------------------------------------------------------------------------------------
 

@@ -146,6 +146,13 @@ def test_going_on_is_what_the_likelier_of_bos_and_eos_says(world):
     assert decoder._goes_on(towards) and not decoder._goes_on(-towards)
 
 
+def test_damaged_weights_are_named(world, going_on):
+    with torch.no_grad():
+        world.backbone.lm_head.weight[world.layout.vocabulary.vision.start] = float("nan")
+    with pytest.raises(ValueError, match="produced NaN"):
+        world.propose(SEEN, 1, seeded())
+
+
 def test_a_model_that_knows_no_subtasks_says_so(world):
     with pytest.raises(ValueError, match="train dida --subgoal-share"):
         tiny.make_world().propose(SEEN, 1)

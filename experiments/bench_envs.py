@@ -1,6 +1,7 @@
 """How fast the worlds are on one core: physics, pictures, and the tuned renderer against MuJoCo's own settings.
 
 python -m emu_embodied.experiments.bench_envs --json results/bench_envs.json
+python -m emu_embodied.experiments.bench_envs --suite fetch
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from emu_embodied.envs import env_ids, make
+from emu_embodied.envs import env_ids, make, suite_ids
 from emu_embodied.envs.panda import PandaEnv
+from emu_embodied.envs.suites.world import SuiteEnv
 from emu_embodied.files import write_json
 from emu_embodied.provenance import make_meta, meta_dict
 
@@ -25,7 +27,9 @@ class BenchConfig:
     """What to measure."""
 
     env: str = ""
-    """Environment ids with commas between; all where empty."""
+    """Environment ids with commas between; all of our own where empty."""
+    suite: str = ""
+    """A suite's environments instead."""
     steps: int = 300
     """Env steps in one measurement [env steps]."""
     default_frames: int = 10
@@ -48,22 +52,27 @@ class Row:
     frame_ms: float
     """One 64-px picture [ms]."""
     default_frame_ms: float | None
-    """The same picture with MuJoCo's default flags (shadows, reflections, four samples) [ms]; None in Bullet."""
+    """The same picture with MuJoCo's default flags (shadows, reflections, four samples) [ms]; None in Bullet and for
+    suites."""
     default_ratio: float | None
-    """``default_frame_ms / frame_ms``; None in Bullet."""
+    """``default_frame_ms / frame_ms``; None where that is."""
 
 
 def bench(env_id: str, config: BenchConfig) -> Row:
     """Measure one environment."""
-    env = make(env_id, cameras=("front",))
+    env = make(env_id)
+    camera = env.cameras[0]
+    env.cameras = (camera,)
     env.reset(seed=0)
     rng = np.random.default_rng(0)
+    action_dim = int(env.action_space.shape[0])
 
     def step(*, render: bool) -> None:
-        env.step_block(rng.uniform(-1, 1, (1, 4)), render=render)
+        env.step_block(rng.uniform(-1, 1, (1, action_dim)), render=render)
 
-    frame_ms = _milliseconds(lambda: env.render("front"), config.steps, config.repeats)
-    default_ms = None if "Bullet" in env_id else _default_frame_ms(env, config)
+    frame_ms = _milliseconds(lambda: env.render(camera), config.steps, config.repeats)
+    ours = "Bullet" not in env_id and not isinstance(env, SuiteEnv)
+    default_ms = _default_frame_ms(env, config) if ours else None
     row = Row(
         env=env_id,
         steps_per_second=1e3 / _milliseconds(lambda: step(render=False), config.steps, config.repeats),
@@ -114,7 +123,9 @@ def main(config: BenchConfig) -> None:
     """Measure, print a table, write JSON."""
     # One thread for a software OpenGL, whose figures are then per core too. Read when the first engine is imported.
     os.environ.setdefault("LP_NUM_THREADS", "0")
-    ids = [name.strip() for name in config.env.split(",") if name.strip()] or env_ids()
+    ids = [name.strip() for name in config.env.split(",") if name.strip()] or (
+        suite_ids(config.suite) if config.suite else env_ids()
+    )
     print(f"{'env':24s} {'steps/s':>8s} {'with 64 px':>10s} {'frame ms':>9s} {'default ms':>10s} {'ratio':>6s}")
     rows = []
     for env_id in ids:

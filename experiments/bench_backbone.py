@@ -102,7 +102,12 @@ def build(name: str, device: str) -> tuple[EmuForCausalLM, Qwen3ForCausalLM]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = EmuForCausalLM(preset(name).backbone(action_dim=4)).eval().to(device)
-    config = model.config
+    return model, qwen3_twin(model)
+
+
+def qwen3_twin(model: EmuForCausalLM) -> Qwen3ForCausalLM:
+    """transformers' Qwen3 of the same shape, sharing the weights."""
+    config, device = model.config, model.device
     with torch.device("meta"):
         twin = Qwen3ForCausalLM(
             Qwen3Config(
@@ -124,7 +129,7 @@ def build(name: str, device: str) -> tuple[EmuForCausalLM, Qwen3ForCausalLM]:
     weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("action_embedding")}
     twin.load_state_dict(weights, assign=True)
     twin.generation_config.eos_token_id = None
-    return model, twin.eval()
+    return twin.eval()
 
 
 def bench(name: str, batch: int, config: BackboneBench) -> list[Row]:

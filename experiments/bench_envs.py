@@ -65,14 +65,15 @@ def bench(env_id: str, config: BenchConfig) -> Row:
     env.cameras = (camera,)
     env.reset(seed=0)
     rng = np.random.default_rng(0)
-    action_dim = int(env.action_space.shape[0])
+    action_dim = env.action_dim if isinstance(env, SuiteEnv) else 4
 
     def step(*, render: bool) -> None:
         env.step_block(rng.uniform(-1, 1, (1, action_dim)), render=render)
 
     frame_ms = _milliseconds(lambda: env.render(camera), config.steps, config.repeats)
-    ours = "Bullet" not in env_id and not isinstance(env, SuiteEnv)
-    default_ms = _default_frame_ms(env, config) if ours else None
+    default_ms = None
+    if isinstance(env, PandaEnv) and "Bullet" not in env_id:
+        default_ms = _default_frame_ms(env, config)
     row = Row(
         env=env_id,
         steps_per_second=1e3 / _milliseconds(lambda: step(render=False), config.steps, config.repeats),

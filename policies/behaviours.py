@@ -199,7 +199,8 @@ def _play(simulator: Worlds, rng: np.random.Generator) -> Behaviour:
 
 
 def _random(simulator: Worlds, rng: np.random.Generator) -> Behaviour:
-    return RandomPolicy(simulator.block, int(simulator.action_space.shape[0]), rng)
+    action_dim = simulator.action_dim if isinstance(simulator, SuiteEnv) else 4
+    return RandomPolicy(simulator.block, action_dim, rng)
 
 
 BEHAVIOURS: dict[str, Callable[[Worlds, np.random.Generator], Behaviour]] = {

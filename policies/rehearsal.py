@@ -71,7 +71,7 @@ class Astray:
     def __init__(self, simulator: SuiteEnv, oracle: Oracle, rng: np.random.Generator) -> None:
         self._oracle, self._rng = oracle, rng
         self._block = simulator.block
-        self._dims = int(simulator.action_space.shape[0])
+        self._dims = simulator.action_dim
         self._strength = rng.uniform(0.05, 0.5)
         self._noise = self._strength * rng.standard_normal(self._dims)
         self._random, self._left = np.zeros(self._dims), 0
@@ -117,7 +117,7 @@ def make_noisy(simulator: SuiteEnv, rng: np.random.Generator) -> Rehearsed:
 def make_play(simulator: SuiteEnv, rng: np.random.Generator) -> Rehearsed | RandomPolicy:
     """Contact without a goal; random actions where a suite does not know what there is to touch."""
     if simulator.world.player(np.random.default_rng(0)) is None:
-        return RandomPolicy(simulator.block, int(simulator.action_space.shape[0]), rng)
+        return RandomPolicy(simulator.block, simulator.action_dim, rng)
     return Rehearsed(simulator, _play, rng)
 
 

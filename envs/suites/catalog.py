@@ -85,7 +85,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
 
 
-_DM_CONTROL = {
+_DM_CONTROL: dict[tuple[int, ...], tuple[int, int]] = {
     (1, 0, 28): (3, 3),
     (1, 0, 38): (3, 8),
     (1, 0, 39): (3, 8),

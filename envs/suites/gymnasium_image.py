@@ -76,7 +76,7 @@ class GymnasiumImageEnv(SuiteEnv):
 class _GymnasiumWorld:
     """``World`` of one environment."""
 
-    cameras = ("eye",)
+    cameras: tuple[str, ...] = ("eye",)
     weights: Mapping[str, float] = {"reward": 1.0}
 
     def __init__(
@@ -102,7 +102,8 @@ class _GymnasiumWorld:
         self._low, self._high = np.asarray(space.low, float), np.asarray(space.high, float)
         self._range, self._picture, self._read, self._key = reward_range, picture, proprio, success
         self._size = image_size
-        self._seed, self._actions = 0, ()
+        self._seed = 0
+        self._actions: tuple[bytes, ...] = ()
         self._observed: Any = None
         self._reward, self._success, self._over = 0.0, False, False
 

@@ -63,7 +63,8 @@ class Block:
 
     def contacts(self, spacing: float = 14.0) -> tuple[np.ndarray, np.ndarray]:
         """Places on the outline that the disc can touch, and the outward normals there: [N, 2] each, own frame."""
-        places, normals = [], []
+        places: list[np.ndarray] = []
+        normals: list[np.ndarray] = []
         for part in self.parts:
             middle = part.mean(0)
             for start, end in zip(part, np.roll(part, -1, axis=0), strict=True):

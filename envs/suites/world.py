@@ -162,6 +162,7 @@ class SuiteEnv(gymnasium.Env):
         self._terms: dict[str, float] | None = None
         self._goal: tuple[Any, Observation] | None = None
         picture = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        self.action_dim = world.action_dim
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (world.action_dim,), np.float32)
         self.observation_space = gymnasium.spaces.Dict({
             **dict.fromkeys(self.cameras, picture),
@@ -187,7 +188,7 @@ class SuiteEnv(gymnasium.Env):
         reward = self._advance(np.asarray(action, np.float64))
         return self._gym_observation(), reward, False, self._elapsed >= self.max_episode_steps, self._info()
 
-    def render(self, camera: str | None = None) -> np.ndarray:  # type: ignore[override]
+    def render(self, camera: str | None = None) -> np.ndarray:
         """A camera's picture of the present state, uint8 [size, size, 3]."""
         return self.world.draw(camera or self.cameras[0])
 

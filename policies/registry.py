@@ -128,6 +128,7 @@ def make_policy(
     *,
     seed: int = 0,
     world_model: WorldModel | None = None,
+    subgoal_model: SubgoalModel | None = None,
     record: bool = False,
 ) -> Policy:
     """Make a policy for a simulator.
@@ -137,6 +138,7 @@ def make_policy(
         simulator: where it will act; has ``block`` and ``action_space``.
         seed: of all its random numbers.
         world_model: what ``shooting`` and ``imagined`` imagine with, and what the ``goal`` objective measures with.
+        subgoal_model: what ``subgoals`` and ``true_subgoals`` are told by; the world model itself if left out.
         record: keep what a planning policy imagined (see ``PlanningPolicy``).
 
     Raises:
@@ -162,10 +164,10 @@ def make_policy(
     objective: Objective
     source: DynamicsSource
     if spec.names_subtasks and world_model is not None:
-        if not isinstance(world_model, SubgoalModel):
-            raise ValueError(f"{type(world_model).__name__} names no subtasks: give a model that does")
-        fields, settings = simulator.proprio_fields, spec.subgoals
-        objective = Pursuit(world_model, world_model, fields, settings, record=record)
+        teller = world_model if subgoal_model is None else subgoal_model
+        if not isinstance(teller, SubgoalModel):
+            raise ValueError(f"{type(teller).__name__} names no subtasks: give a model that does")
+        objective = Pursuit(teller, world_model, simulator.proprio_fields, spec.subgoals, record=record)
         source = TrueSource(simulator, world_model.encode_frames)
     elif spec.objective == "goal" and world_model is not None:
         objective = GoalOfEpisode(simulator, world_model)

@@ -25,6 +25,8 @@ from emu_embodied.cli_train import Device, Train, TrainDida, TrainTokenizer, Tra
 
 if TYPE_CHECKING:
     from emu_embodied.policies.registry import PolicySpec
+    from emu_embodied.protocols import SubgoalModel
+    from emu_embodied.world_model import WorldModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +178,11 @@ class Plan(_Search):
     """Environment id."""
     policy: Literal["imagined", "shooting", "true"] = "imagined"
     """Where plans are tried out: in imagination, or (``true``) in the simulator itself."""
+    subgoals: bool = False
+    """Let the model say what to do next, in words and pictures, and plan to each picture in turn (instead of
+    --objective); adds ``subgoals.png`` and ``subgoals.md``."""
+    subgoal_model: Path | None = None
+    """Folder of Emu3.5's own weights, to be asked instead of --checkpoint what to do next."""
     seed: int = 0
     """Reset seed of the environment, and of the planner."""
     out: Path
@@ -190,6 +197,7 @@ class Plan(_Search):
 
         from emu_embodied.policies.episode import run_episode
         from emu_embodied.policies.registry import check_fits, make_policy
+        from emu_embodied.policies.subgoals import SubgoalPolicy
         from emu_embodied.provenance import make_meta
         from emu_embodied.records import Transition
         from emu_embodied.viz.report import write_plan_report
@@ -197,18 +205,26 @@ class Plan(_Search):
 
         if (self.out / "result.json").exists():
             raise ValueError(f"{self.out} holds a result already: give another --out")
-        spec = self._spec(self.policy)
+        if self.subgoal_model is not None and not self.subgoals:
+            raise ValueError("--subgoal-model is for --subgoals: add it")
+        if self.subgoals and self.policy == "shooting":
+            raise ValueError("--subgoals is for the imagined and true policies; try --planner shooting")
+        name = {"imagined": "subgoals", "true": "true_subgoals"}[self.policy] if self.subgoals else self.policy
+        spec = self._spec(name)
         world = WorldModel.from_pretrained(self.checkpoint, device=spec.device) if spec.needs_model else None
         if world is None:
             simulator = make(self.env)
         else:
             simulator = make(self.env, image_size=world.config.image_size)
             check_fits(world, simulator)
-        policy = make_policy(spec, simulator, seed=self.seed, world_model=world, record=True)
+        asked = None if world is None else self._asked(world, spec.device)
+        policy = make_policy(spec, simulator, seed=self.seed, world_model=world, subgoal_model=asked, record=True)
         blocks = simulator.max_episode_steps // simulator.block
         with tqdm(total=blocks, desc="plan and act", unit="block") as progress:
 
             def count(transition: Transition) -> None:
+                if isinstance(policy, SubgoalPolicy):
+                    progress.set_postfix_str(policy.doing, refresh=False)
                 progress.update()
 
             trace = run_episode(
@@ -216,16 +232,29 @@ class Plan(_Search):
                 policy,
                 seed=self.seed,
                 env_id=self.env,
-                policy_name=self.policy,
+                policy_name=name,
                 on_block=count,
             )
         simulator.close()
         data_hash = None if world is None else world.config.data_hash
         files = write_plan_report(trace, self.out, make_meta(seed=self.seed, data_hash=data_hash))
-        print(trace.verdict)
+        for number, subgoal in enumerate(trace.subgoals, 1):
+            print(f"  {number}. {subgoal.text}: {subgoal.outcome} after {subgoal.blocks} blocks")
+        print(trace.verdict + (f"; {trace.ended}" if trace.ended else ""))
         for file in files:
             print(f"  {file}")
         return 0
+
+
+    def _asked(self, world: WorldModel, device: str) -> SubgoalModel | None:
+        """The model of ``--subgoal-model``."""
+        if self.subgoal_model is None:
+            return None
+        from emu_embodied.interleaved import InterleavedModel
+        from emu_embodied.prompted_subgoals import PromptedSubgoals
+
+        model = InterleavedModel.from_pretrained(self.subgoal_model, device=device)
+        return PromptedSubgoals(model, world.encode_frames, world.config.cameras[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +269,7 @@ class Bench(_Search):
     suite: str = ""
     """All of a suite instead: panda, metaworld, pusht, fetch, ogbench, panda-gym."""
     policy: str
-    """random, scripted, shooting, imagined or true; or several with commas between."""
+    """random, scripted, shooting, imagined, true, subgoals or true_subgoals; or several with commas between."""
     episodes: int = 100
     """Episodes of a row."""
     seed: int = 0

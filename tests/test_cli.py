@@ -37,7 +37,7 @@ CALLS = {
     ("train", "tokenizer"): "train tokenizer --preset nano --data DIR --out DIR --steps 5 --max-minutes 1.5 --resume",
     ("train", "world"): "train world --preset nano --data DIR --out DIR --steps 5 --max-minutes 1.5 --resume",
     ("train", "dida"): "train dida --preset nano --data DIR --out DIR --steps 5 --max-minutes 1.5 --resume",
-    ("plan",): "plan --env PandaPush-v0 --checkpoint nano --seed 0 --out DIR",
+    ("plan",): "plan --env PandaPush-v0 --checkpoint nano --seed 0 --out DIR --subgoals",
     ("bench",): "bench --env PandaPush-v0,PandaReach-v0 --policy imagined --checkpoint DIR --episodes 3 --json FILE",
     ("imagine",): "imagine --checkpoint nano --env PandaPush-v0 --episodes 2 --horizon 10 --json FILE --out DIR",
     ("generate",): "generate --checkpoint DIR --task vla --prompt TEXT --out DIR --greedy",
@@ -347,3 +347,10 @@ def test_the_program_returns_its_exit_code(tmp_path):
     command = [sys.executable, "-m", "emu_embodied.cli", "plan", "--env", "PandaPus-v0", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "PandaPush-v0" in done.stderr
+
+
+def test_subgoals_are_for_policies_that_plan_to_them(shipped, tmp_path, capsys):
+    plan = ["plan", "--env", "PandaReach-v0", "--out", tmp_path / "out"]
+    assert "imagined and true policies" in refusal(capsys, *plan, "--subgoals", "--policy", "shooting")
+    assert "is for --subgoals" in refusal(capsys, *plan, "--subgoal-model", tmp_path)
+    assert not (tmp_path / "out").exists()

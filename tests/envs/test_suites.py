@@ -451,6 +451,22 @@ def test_forgetting_contacts_hardly_moves_the_t(made: Callable[[str], SuiteEnv])
         assert abs(world.block().angle - theirs.block.angle) < 0.01
 
 
+def test_restoring_in_the_middle_of_a_push_is_exact(made: Callable[[str], SuiteEnv]) -> None:
+    env = made("PushT")
+    env.reset(seed=1)
+    play = env.world.player(np.random.default_rng(0))
+    while play.phase != "push" or env.world.block().distance(env.world.agent[None])[0] > 15.5:
+        env.step_block(play.act()[None], render=False)
+    towards = (env.world.block().middle - env.world.agent) / 100
+    actions = np.repeat(np.clip(towards, -1, 1)[None, None], 2, axis=0).repeat(5, axis=1).astype(np.float32)
+    snapshot, begin = env.snapshot(), env.world.block().middle
+    expected = rollout(env, actions)
+    assert np.linalg.norm(env.world.block().middle - begin) > 5
+    for _ in range(2):
+        env.restore(snapshot)
+        assert rollout(env, actions) == expected
+
+
 def test_pushes_come_from_all_sides(made: Callable[[str], SuiteEnv]) -> None:
     env = made("PushT")
     sides = set()

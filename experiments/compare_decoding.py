@@ -64,8 +64,8 @@ class CompareDecoding:
     """Recorded episodes of mixed behaviour to compare imagination with [episodes]."""
     scenes: int = 10
     """States from which several plans are compared."""
-    plans: int = 12
-    """Plans of a scene."""
+    plans: int = 24
+    """Plans of a scene: random ones and an expert's with noise, in turn."""
     episodes: int = 5
     """Planned episodes of a row, with the same seeds for all; 0 leaves planning out."""
     success_passes: str | None = None
@@ -170,7 +170,8 @@ class Row:
             "order": self.order,
             **means,
             **errors,
-            **{f"plan_{name}": value for name, value in self.plans.items() if name != "frames_per_s"},
+            **{f"plan_{name}": v for name, v in self.plans.items() if name not in ("within", "frames_per_s")},
+            **{f"plan_correlation_{kind}": self.plans["within"].get(kind) for kind in COMPARED},
             "frames_per_s": self.plans["frames_per_s"],
             "success": planning.get("success"),
             "success_low": low,
@@ -184,6 +185,9 @@ class Row:
         values = [one[name] for one in self.per_horizon if one[name] is not None]
         return sum(values) / len(values) if values else None
 
+
+COMPARED = ("random", "noisy")
+"""Behaviours whose plans are compared."""
 
 MEANS = (
     "token_accuracy", "changed_token_accuracy", "copy_last_token_accuracy", "psnr", "copy_last_psnr", "tokenizer_psnr",
@@ -210,7 +214,7 @@ class Evidence:
         simulator = make(env_id, image_size=world.config.image_size)
         scenes = record_scenes(
             simulator,
-            BEHAVIOURS,
+            {name: BEHAVIOURS[name] for name in COMPARED},
             scenes=config.scenes,
             plans=config.plans,
             horizon=config.plan_horizon,
@@ -408,6 +412,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("psnr", "PSNR", ".2f"),
     ("reward_corr", "r states", ".2f"),
     ("plan_correlation", "r plans", ".2f"),
+    ("plan_correlation_random", "r random", ".2f"),
     ("plan_tool_error_cm", "tool cm", ".2f"),
     ("repeated_share", "repeat", ".2f"),
     ("frames_per_s", "frames/s", ".1f"),

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from emu_embodied.files import write_atomically
 
@@ -22,11 +23,11 @@ COLOURS = {
 STYLES = {"random": "-", "confidence": "--", "entropy": ":"}
 COPY, CEILING = "#8a929a", "#b9bec4"
 PANELS: tuple[tuple[str, str], ...] = (
-    ("token_accuracy", "token accuracy"),
     ("changed_token_accuracy", "accuracy on changed tokens"),
     ("psnr", "PSNR [dB]"),
     ("reward_corr", "reward correlation over states"),
-    ("plan_correlation", "reward correlation between plans"),
+    ("plan_correlation", "reward correlation between plans of one state"),
+    ("plan_correlation_random", "the same, between random plans only"),
     ("plan_tool_error_cm", "tool error at a plan's end [cm]"),
     ("repeated_share", "repeated frames"),
     ("frames_per_s", "frames/s"),
@@ -34,7 +35,6 @@ PANELS: tuple[tuple[str, str], ...] = (
 )
 """Column and title of each panel."""
 REFERENCES = {
-    "token_accuracy": (("copy_last_token_accuracy", "last frame repeated", COPY),),
     "psnr": (
         ("copy_last_psnr", "last frame repeated", COPY),
         ("tokenizer_psnr", "the tokenizer's own reconstruction", CEILING),
@@ -98,9 +98,15 @@ def _panel(axes: Axes, summaries: Sequence[dict[str, Any]], column: str, name: s
     axes.set_xscale("log", base=2)
     ticks = sorted({row["passes"] for row in summaries if row["passes"]})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
+    axes.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
     if column == "frames_per_s":
         axes.set_yscale("log")
+        for axis_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis_ticks(StrMethodFormatter("{x:g}"))
+        axes.tick_params(which="minor", labelsize=7)
+    axes.xaxis.set_minor_locator(NullLocator())
+    if column == "repeated_share":
+        axes.set_ylim(bottom=-0.01)
     if column == "success":
         axes.set_ylim(-0.02, 1.02)
     axes.tick_params(labelsize=8)

@@ -1,7 +1,8 @@
 """Can a model tell the better of two plans? Imagined against real rewards of several plans from one state.
 
 Over states an imagined reward can look right (most of its variance is between scenes) and yet be no help in choosing:
-a planner compares plans of *one* state, so that is where correlation has to be.
+a planner compares plans of *one* state, so that is where correlation has to be; and as its candidates are drawn alike,
+most of all between plans of one behaviour: an expert's plan can be told from a random one by its manner alone.
 
 Shape letters: S candidate plans, H horizon in blocks, K env steps in a block, A action dims, P proprio dims.
 """
@@ -33,6 +34,7 @@ class Scene:
     Attributes:
         history: what was observed up to the state.
         done: the action blocks between the observations.
+        kinds_S: which behaviour each plan is of.
         actions_SHKA: float32, the plans.
         reward_SH: float32, reward at the end of every block.
         proprio_SHP: float32.
@@ -40,6 +42,7 @@ class Scene:
 
     history: tuple[Observation, ...]
     done: tuple[np.ndarray, ...]
+    kinds_S: tuple[str, ...]
     actions_SHKA: np.ndarray
     reward_SH: np.ndarray
     proprio_SHP: np.ndarray
@@ -53,6 +56,8 @@ class PlanScores:
     """Pearson correlation, between the plans of a scene, of imagined and real mean reward on the way."""
     rank_correlation: float | None
     """The same of ranks (Spearman)."""
+    within: dict[str, float | None]
+    """``correlation`` between plans of one behaviour only, by its name."""
     gain: float | None
     """Real reward of the plan that imagination likes best: 0 is a plan taken at random, 1 the best one."""
     reward_mae: float
@@ -105,7 +110,8 @@ def record_scenes(
             behaviour = behaviours[names[s % len(names)]](simulator, np.random.default_rng([seed + i, 2, s]))
             tried.append(_try(simulator, behaviour, history[-1], horizon))
         actions, rewards, proprio = (np.stack(part).astype(np.float32) for part in zip(*tried, strict=True))
-        found.append(Scene(tuple(history), tuple(done), actions, rewards, proprio))
+        kinds = tuple(names[s % len(names)] for s in range(plans))
+        found.append(Scene(tuple(history), tuple(done), kinds, actions, rewards, proprio))
     return found
 
 
@@ -120,6 +126,7 @@ def score_plans(world: WorldModel, scenes: Sequence[Scene], *, seed: int, label:
     """
     tool = tool_index(world.config.proprio)
     pearson, spearman, gains, mistakes, misses, rates = [], [], [], [], [], []
+    within: dict[str, list[float]] = {kind: [] for scene in scenes for kind in scene.kinds_S}
     for i, scene in enumerate(tqdm(scenes, desc=label, unit="scene")):
         imagination, seconds = _imagine(world, scene, seed + i)
         rates.append(scene.reward_SH.size / seconds)
@@ -129,6 +136,10 @@ def score_plans(world: WorldModel, scenes: Sequence[Scene], *, seed: int, label:
             offset_SP = imagination.proprio_SHP[:, -1].cpu().numpy() - scene.proprio_SHP[:, -1]
             misses.append(100 * np.linalg.norm(offset_SP[:, tool], axis=-1).mean())
         real_S, liked_S = scene.reward_SH.mean(1), imagined_SH.mean(1)
+        for kind, found in within.items():
+            own_S = np.array([one == kind for one in scene.kinds_S])
+            if own_S.sum() > 2 and real_S[own_S].std() >= MIN_SPREAD:
+                found.append(_correlation(liked_S[own_S], real_S[own_S]))
         if real_S.std() < MIN_SPREAD:
             continue
         pearson.append(_correlation(liked_S, real_S))
@@ -137,6 +148,7 @@ def score_plans(world: WorldModel, scenes: Sequence[Scene], *, seed: int, label:
     return PlanScores(
         correlation=_mean(pearson),
         rank_correlation=_mean(spearman),
+        within={kind: _mean(found) for kind, found in within.items()},
         gain=_mean(gains),
         reward_mae=float(np.mean(mistakes)),
         tool_error_cm=_mean(misses),

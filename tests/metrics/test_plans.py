@@ -73,6 +73,20 @@ def test_perfect_useless_and_contrary_models():
     assert blind.correlation == 0 and blind.rank_correlation == 0
 
 
+def test_plans_of_one_behaviour_are_also_compared_among_themselves():
+    found = scenes(plans=8)
+    assert found[0].kinds_S == ("seek", "wander") * 4
+
+    def by_manner(reward_SH):
+        """Knows which behaviour is better and nothing else."""
+        manner_S = np.arange(8) % 2 == 0
+        return np.where(manner_S, reward_SH[::2].mean(), reward_SH[1::2].mean())[:, None] + 0 * reward_SH
+
+    scores = score_plans(Foretelling(found, by_manner), found, seed=0)
+    assert scores.correlation > 0.3 and scores.within == {"seek": None, "wander": 0.0}  # to seek is always the same
+    assert score_plans(Foretelling(found, lambda r: r), found, seed=0).within["wander"] == pytest.approx(1)
+
+
 def test_scenes_without_a_choice_do_not_count():
     found = scenes(2)
     flat = replace(found[0], reward_SH=np.full_like(found[0].reward_SH, 0.5))
@@ -103,6 +117,7 @@ def test_a_real_model_is_scored_and_the_seed_decides():
     scene = Scene(
         (tiny.observation(episode, 0), tiny.observation(episode, 1)),
         (episode.actions_TKA[0],),
+        ("random",) * 4,
         actions,
         rng.random((4, 2), np.float32),
         rng.random((4, 2, 3), np.float32),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
 import numpy as np
 
+from emu_embodied.envs.suites.gymnasium_image import GymnasiumImageEnv
 from emu_embodied.records import Field
 
 
@@ -114,3 +116,18 @@ class Corridor(gymnasium.Env):
         column = 16 + int((self.place + 1) / 2 * 44)
         view[20:28, column : column + 4] = 255
         return {"place": np.array([self.place]), "view": view}
+
+
+def adapted(make_inner: Callable[[], gymnasium.Env] = Corridor, **kwargs: Any) -> GymnasiumImageEnv:
+    return GymnasiumImageEnv(
+        make_inner,
+        env_id="Corridor",
+        instruction="walk to the end",
+        **{
+            "reward_range": (-2.0, 0.0),
+            "proprio": lambda seen: seen["place"],
+            "proprio_fields": (Field("place", "m", -1.0, 1.0),),
+            "picture": "view",
+            **kwargs,
+        },
+    )

@@ -70,6 +70,7 @@ class WorldModel:
         self.actions = ActionTokenizer(config.action_bins, config.block)
         self.proprio = ProprioTokenizer(config.proprio, config.state_bins)
         self.reward = RewardTokenizer(config.reward_bins)
+        self._spares: dict[int, KVCache] = {}
 
     @property
     def block(self) -> int:
@@ -268,10 +269,11 @@ class WorldModel:
             else:
                 recent = states[-config.context_states :]
                 num_states = len(recent)
-                cache = self._branches(num_plans, self._prefix(self._text(belief.history[-1].instruction)))
+                cache.restart(self._prefix(self._text(belief.history[-1].instruction)))
                 stream = self._restream(recent, actions_SHKA[:, h + 2 - num_states : h + 1])
                 pending = torch.cat([stream, action_embeds], 1)
         _check_finite(torch.stack(fine))
+        self._spares = {num_plans: cache}
         return Imagination(
             torch.stack([tokens.codes for tokens in states], 1),
             torch.stack(proprio, 1),
@@ -394,10 +396,16 @@ class WorldModel:
         return cache
 
     def _branches(self, num_plans: int, prefix: KVCache) -> KVCache:
-        """A cache in which ``num_plans`` sequences continue a prefix up to the end of the trained window."""
-        return KVCache(
-            self.backbone.config, num_plans, self.layout.length(self.config.max_states) - prefix.length, prefix=prefix
-        )
+        """A cache in which ``num_plans`` sequences continue a prefix up to the end of the trained window.
+
+        The memory of the last imagination serves again if it was for as many: decisions ask for the same every time.
+        """
+        spare = self._spares.pop(num_plans, None)
+        if spare is not None and spare.devices == prefix.devices and spare.keys[0].dtype == prefix.keys[0].dtype:
+            spare.restart(prefix)
+            return spare
+        room = self.layout.length(self.config.max_states) - self.layout.text_tokens
+        return KVCache(self.backbone.config, num_plans, room, prefix=prefix)
 
     # -- files -------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from emu_embodied import world_config
 from emu_embodied.decode.grammar import state_logits
@@ -19,6 +21,7 @@ from emu_embodied.models.cache import KVCache
 from emu_embodied.models.masks import causal_then_parallel
 from emu_embodied.protocols import WorldModel as WorldModelProtocol
 from emu_embodied.records import Imagination, Observation
+from emu_embodied.tokens.sequence import StateTokens
 from emu_embodied.world_config import WorldModelConfig, checkpoint_folder
 from emu_embodied.world_model import WorldModel
 from tests import tiny
@@ -157,6 +160,49 @@ def test_a_shared_prefix_equals_copies_of_it(world, monkeypatch):
 
     monkeypatch.setattr(world, "_branches", copies)
     assert_same(world.imagine(belief, actions, generator()), shared)
+
+
+def test_memory_of_an_imagination_serves_the_next(fresh):
+    actions = tiny.plans(3, 7)  # goes beyond the window: the cache starts anew on the way, too
+    beliefs = [fresh.observe(SEEN[:1]), fresh.observe(SEEN[:2], DONE[:1])]
+    expected = [bytes_of(tiny.make_world().imagine(belief, actions, generator())) for belief in beliefs]
+    held = []
+    for _ in range(2):
+        for belief, bytes_expected in zip(beliefs, expected, strict=True):
+            assert bytes_of(fresh.imagine(belief, actions, generator())) == bytes_expected
+            held.append(fresh._spares[3].keys[0].data_ptr())
+    assert len(set(held)) == 1
+    fresh.imagine(beliefs[0], actions[:2], generator())
+    assert list(fresh._spares) == [2]  # memory for the latest number of candidates only
+
+
+class NewMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that operators make."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves(args) if torch.is_tensor(tensor)}
+        for tensor in tree_leaves(found):
+            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.bytes += tensor.untyped_storage().nbytes()
+        return found
+
+
+def test_candidates_take_no_copy_of_the_prefix(fresh):
+    plans, taken = 50, []
+    beliefs = [fresh.observe(SEEN[:1]), fresh.observe(SEEN[:2], DONE[:1])]
+    with torch.inference_mode():
+        for belief in beliefs:
+            cache = fresh._branches(plans, belief.cache)
+            pending, condition = fresh._act(tiny.plans(plans, 1)[:, 0])
+            current = StateTokens(belief.tokens_N, fresh.proprio.encode(belief.proprio_P)).expand(plans)
+            with NewMemory() as memory:
+                fresh.decoder.decode(cache, pending, condition, current, generator())
+            taken.append(memory.bytes)
+    longer = sum(keys.nbytes for keys in beliefs[1].cache.keys) - sum(keys.nbytes for keys in beliefs[0].cache.keys)
+    assert abs(taken[1] - taken[0]) < longer < plans * longer
 
 
 def test_same_generator_same_bytes(world):

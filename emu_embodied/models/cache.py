@@ -65,11 +65,7 @@ class KVCache:
         dtype: torch.dtype | None = None,
     ) -> None:
         if prefix is not None:
-            if prefix.batch != 1 or prefix.prefix is not None:
-                raise ValueError(
-                    f"a prefix must be one plain sequence, this one holds {prefix.batch} (or has a prefix)"
-                )
-            prefix.closed = True
+            _close(prefix)
             device = prefix.devices if device is None else device
             dtype = prefix.keys[0].dtype if dtype is None else dtype
         self.config = config
@@ -109,6 +105,17 @@ class KVCache:
                 f"the KV cache is full: {self.length} tokens held + {tokens} new > capacity {self.capacity}; "
                 "make it with a larger capacity (tokens that are not kept need room too)"
             )
+
+    def restart(self, prefix: KVCache) -> None:
+        """Forget all own tokens and continue another prefix, in the memory that is there.
+
+        Raises:
+            ValueError: if ``prefix`` holds more than one sequence, or has a prefix itself, or if this cache is one.
+        """
+        if self.closed:
+            raise ValueError("this cache is shared as a prefix and may not change: make another one")
+        _close(prefix)
+        self.prefix, self.length = prefix, 0
 
     def grow(self, capacity: int) -> None:
         """Make room for ``capacity`` own tokens, one layer after another, so that little is held twice.
@@ -194,6 +201,13 @@ class KVCache:
             fork.values[layer][:, :, : self.length] = self.values[layer][:, :, : self.length]
         fork.length = self.length
         return fork
+
+
+def _close(prefix: KVCache) -> None:
+    """Let a cache serve as a prefix."""
+    if prefix.batch != 1 or prefix.prefix is not None:
+        raise ValueError(f"a prefix must be one plain sequence, this one holds {prefix.batch} (or has a prefix)")
+    prefix.closed = True
 
 
 class BorrowedCache:

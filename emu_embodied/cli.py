@@ -20,10 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import subcommand
 
+from emu_embodied.cli_explore import Walk
 from emu_embodied.cli_generate import Generate
 from emu_embodied.cli_train import Device, Train, TrainDida, TrainTokenizer, TrainWorld
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from emu_embodied.policies.registry import PolicySpec
     from emu_embodied.protocols import SubgoalModel
     from emu_embodied.world_model import WorldModel
@@ -245,7 +248,6 @@ class Plan(_Search):
             print(f"  {file}")
         return 0
 
-
     def _asked(self, world: WorldModel, device: str) -> SubgoalModel | None:
         """The model of ``--subgoal-model``."""
         if self.subgoal_model is None:
@@ -382,6 +384,34 @@ class Imagine:
         return 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Explore(Walk):
+    """Explore a world that the model imagines: one instruction, one picture; or freely with --free.
+
+    Instructions come from the terminal, a line each; an empty line ends. Writes what `generate` writes into --out.
+    """
+
+    def run(self) -> int:
+        """Walk; an environment's camera is only looked at."""
+        return self.walk(_camera_shows)
+
+
+def _camera_shows(env_id: str, camera: str, seed: int) -> np.ndarray:
+    """What a camera shows after a reset, at the size that Emu3.5 was tuned on for robots."""
+    from emu_embodied.envs.registry import check_env_id, make
+
+    check_env_id(env_id)
+    simulator = make(env_id, image_size=512)
+    try:
+        simulator.reset(seed=seed)
+        frames = simulator.observe().frames
+    finally:
+        simulator.close()
+    if camera not in frames:
+        raise ValueError(f"{env_id} has no camera {camera!r}{_nearest(camera, frames)}")
+    return frames[camera]
+
+
 def unknown_word(arguments: Sequence[str]) -> str | None:
     """What is wrong with a subcommand or flag that does not exist, with the nearest one that does."""
     table: dict[str, Any] = _SUBCOMMANDS
@@ -413,6 +443,7 @@ _SUBCOMMANDS: dict[str, Any] = {
     "bench": Bench,
     "imagine": Imagine,
     "generate": Generate,
+    "explore": Explore,
 }
 Command = (
     Annotated[Doctor, subcommand("doctor")]
@@ -422,6 +453,7 @@ Command = (
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Imagine, subcommand("imagine")]
     | Annotated[Generate, subcommand("generate")]
+    | Annotated[Explore, subcommand("explore")]
 )
 
 

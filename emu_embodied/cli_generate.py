@@ -84,6 +84,7 @@ class Interleaved:
             ValueError: for a number out of its range, or flags that contradict each other.
         """
         from emu_embodied.interleaved import GenerationSettings
+        from emu_embodied.tokens.image_block import block_length
 
         if self.cfg_decay_images is not None and self.cfg_decay is None:
             raise ValueError("--cfg-decay-images is for --cfg-decay, the scale that is reached: give both")
@@ -98,7 +99,14 @@ class Interleaved:
             given[name] = getattr(self, name)
         changes = {name: value for name, value in given.items() if value is not None}
         changes |= self._size(cell)
-        return GenerationSettings.for_task(task, greedy=self.greedy, **changes)
+        settings = GenerationSettings.for_task(task, greedy=self.greedy, **changes)
+        needed = 0 if settings.size is None else block_length(settings.size)
+        if needed > settings.max_new_tokens:
+            raise ValueError(
+                f"a picture of this size takes {needed} tokens, --max-new-tokens is {settings.max_new_tokens}: "
+                "raise it, or ask for a smaller picture"
+            )
+        return settings
 
     def _size(self, cell: int) -> dict[str, Any]:
         from emu_embodied.tokens.image_block import grid

@@ -67,10 +67,13 @@ def write_backbone(folder: Path, seed: int = 0, shard: str = "8MB", **changes: i
         model = EmuForCausalLM(config(**changes)).eval()
         for name, weight in model.named_parameters():
             if "norm" not in name:
-                torch.nn.init.normal_(weight, std=0.3)
+                torch.nn.init.normal_(weight, std=0.3 if "lm_head" in name else 0.7)
         with torch.no_grad():
+            # One direction is the same for all tokens, and no layer writes there.
             model.model.embed_tokens.weight[:, 0] = 4.0
-            model.lm_head.weight[151_852, 0] = 4.0
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+            model.lm_head.weight[151_852, 0] = 100.0
     model.save_pretrained(folder, max_shard_size=shard)
     return model
 

@@ -30,6 +30,7 @@ COMMANDS = {
     ("bench",): cli.Bench,
     ("imagine",): cli.Imagine,
     ("generate",): cli_generate.Generate,
+    ("explore",): cli.Explore,
 }
 CALLS = {
     ("doctor",): "doctor --json",
@@ -41,6 +42,7 @@ CALLS = {
     ("bench",): "bench --env PandaPush-v0,PandaReach-v0 --policy imagined --checkpoint DIR --episodes 3 --json FILE",
     ("imagine",): "imagine --checkpoint nano --env PandaPush-v0 --episodes 2 --horizon 10 --json FILE --out DIR",
     ("generate",): "generate --checkpoint DIR --task vla --prompt TEXT --out DIR --greedy",
+    ("explore",): "explore --checkpoint DIR --image FILE --out DIR --free --steps 3 --greedy",
 }
 
 
@@ -96,7 +98,7 @@ def test_documented_calls_are_understood(words, monkeypatch):
     [
         (["docter"], "unknown subcommand 'docter'; did you mean doctor?"),
         (["train", "wrold"], "unknown subcommand 'wrold'; did you mean world?"),
-        (["fly"], "known: bench, collect, doctor, generate, imagine, plan, train"),
+        (["fly"], "known: bench, collect, doctor, explore, generate, imagine, plan, train"),
         (["plan", "--env", "PandaPush-v0", "--sed", "3"], "unknown flag --sed; did you mean --seed?"),
         (["train", "world", "--max_minuts=3"], "unknown flag --max_minuts; did you mean --max-minutes?"),
         (["doctor", "--jsn"], "unknown flag --jsn; did you mean --json?"),

@@ -68,6 +68,8 @@ class WorldModelConfig:
     """Which tokens settle first when there are several passes (DiDA)."""
     time_shift: float = 1.0
     """Above 1 the passes stay longer near noise (DiDA)."""
+    source_noise: float = 0.0
+    """Decoding with ``state_coupled``: share of tokens that start from noise instead of the state before, in [0, 1]."""
     entropy_bound: float = 1.0
     """Tokens whose entropies sum up to it settle together in the order ``entropy`` (DiDA) [nats]."""
 
@@ -91,6 +93,8 @@ class WorldModelConfig:
         _check_count("subgoals", self.subgoals, 0)
         if not self.temperature >= 0:
             raise ValueError(f"temperature is {self.temperature}, it has to be at least 0")
+        if not 0 <= self.source_noise <= 1:
+            raise ValueError(f"source_noise is {self.source_noise}, it has to lie in [0, 1]")
         check_order(self.order, self.time_shift, self.entropy_bound)
 
     @property

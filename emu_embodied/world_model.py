@@ -116,7 +116,8 @@ class WorldModel:
         Raises:
             ValueError: if there is none of that name (with the nearest).
         """
-        return make_path(known_path(name), self.frames.ibq.codebook, self.config.state_bins)
+        config = self.config
+        return make_path(known_path(name), self.frames.ibq.codebook, config.state_bins, config.source_noise)
 
     def with_decoding(
         self,
@@ -128,6 +129,7 @@ class WorldModel:
         order: Order | None = None,
         time_shift: float | None = None,
         entropy_bound: float | None = None,
+        source_noise: float | None = None,
     ) -> WorldModel:
         """The same weights behind another decoder.
 
@@ -140,6 +142,7 @@ class WorldModel:
             order: which tokens settle first when there are several passes; the checkpoint's if left out, as below.
             time_shift: above 1 the passes stay longer near noise.
             entropy_bound: of the order ``entropy`` [nats].
+            source_noise: of ``state_coupled``, share of tokens that start from noise instead of the state before.
 
         Raises:
             ValueError: if the weights were not adapted with ``path``, or a number is out of its range.
@@ -161,6 +164,7 @@ class WorldModel:
             order=self.config.order if order is None else order,
             time_shift=self.config.time_shift if time_shift is None else time_shift,
             entropy_bound=self.config.entropy_bound if entropy_bound is None else entropy_bound,
+            source_noise=self.config.source_noise if source_noise is None else source_noise,
         )
         return WorldModel(config, self.backbone, self.frames)
 

@@ -58,6 +58,8 @@ class CompareDecoding:
     """What settles first when there are several passes: random, confidence, entropy; or several with commas between."""
     temperature: float = 0.0
     """Sampling temperature; 0 takes the most likely token."""
+    source_noise: float = 0.0
+    """Of ``state_coupled``: share of tokens that start from noise instead of the state before."""
     horizon: int = 4
     """Blocks imagined in the comparison with recorded episodes."""
     recorded: int = 12
@@ -100,13 +102,20 @@ class Variant:
     """What settles first."""
     temperature: float = 0.0
     """Of sampling."""
+    source_noise: float = 0.0
+    """Of ``state_coupled``."""
 
     def decoded(self, world: WorldModel) -> WorldModel:
         """The same weights, decoded so."""
         if self.method == "autoregressive":
             return world.with_decoding("autoregressive", temperature=self.temperature)
         return world.with_decoding(
-            "dida", path=self.method, passes=self.passes, order=self.order, temperature=self.temperature
+            "dida",
+            path=self.method,
+            passes=self.passes,
+            order=self.order,
+            temperature=self.temperature,
+            source_noise=self.source_noise,
         )
 
     @property
@@ -236,7 +245,8 @@ def variants(config: CompareDecoding, adapted: Sequence[str]) -> list[Variant]:
     for passes in _numbers(config.passes):
         for name in names:
             for order in orders if passes > 1 else orders[:1]:
-                found.append(Variant(name, passes, order if passes > 1 else "random", config.temperature))
+                settles = order if passes > 1 else "random"
+                found.append(Variant(name, passes, settles, config.temperature, config.source_noise))
     return found
 
 
@@ -249,7 +259,7 @@ def _numbers(text: str) -> list[int]:
 
 def imagination_settings(config: CompareDecoding) -> dict[str, Any]:
     """What the figures of imagination depend on besides the way of decoding."""
-    names = ("temperature", "horizon", "recorded", "scenes", "plans", "plan_horizon", "seed")
+    names = ("temperature", "source_noise", "horizon", "recorded", "scenes", "plans", "plan_horizon", "seed")
     return {"weights": weights_hash(config.checkpoint), **{name: getattr(config, name) for name in names}}
 
 
@@ -324,6 +334,7 @@ def planning_settings(config: CompareDecoding) -> dict[str, Any]:
     return {
         "weights": weights_hash(config.checkpoint),
         "temperature": config.temperature,
+        "source_noise": config.source_noise,
         "seed": config.seed,
         "objective": spec.objective,
         "planner": spec.planner,

@@ -1,6 +1,7 @@
 """Noise processes of discrete flow matching: how clean tokens (t = 1) become noise (t = 0) and back.
 
-A process of one kind of token works on local ids 0 .. K - 1 (frame codes, proprio bins) and knows the state before. Random numbers are drawn where the generator lives and results come back on the tokens' device, so that one CPU
+A process of one kind of token works on local ids 0 .. K - 1 (frame codes, proprio bins) and knows the state before.
+Random numbers are drawn where the generator lives and results come back on the tokens' device, so that one CPU
 generator gives the same draws on every device.
 """
 
@@ -10,6 +11,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -280,14 +282,18 @@ def known_path(name: str) -> str:
     raise ValueError(f"unknown noise process {name!r}; known: {', '.join(PATHS)}{hint}")
 
 
-def make_path(name: str, codebook_KD: torch.Tensor, state_bins: int) -> StatePath:
+def make_path(name: str, codebook_KD: torch.Tensor, state_bins: int, source_noise: float = 0.0) -> StatePath:
     """The process of a name.
 
     Args:
         name: one of ``PATHS``.
         codebook_KD: the vision tokenizer's code vectors; their directions count (Emu3.5's tokenizer compares products).
         state_bins: bins of a proprio field, equally spaced.
+        source_noise: of ``state_coupled``, see ``StateCoupledPath.noise_share``.
     """
     codes = torch.nn.functional.normalize(codebook_KD.detach().float(), dim=-1)
     bins = torch.linspace(0, 1, state_bins)[:, None]
-    return StatePath(name, PATHS[name](codes), PATHS[name](bins))
+    make = PATHS[name]
+    if name == "state_coupled":
+        make = partial(StateCoupledPath, noise_share=source_noise)
+    return StatePath(name, make(codes), make(bins))

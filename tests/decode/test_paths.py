@@ -136,6 +136,11 @@ def test_mixed_sources_replace_the_share_asked_for_and_nothing_else():
     drawn = StateCoupledPath(VECTORS, 0.5).source(current, generator())
     assert torch.equal(drawn[0], drawn[1])
     assert near(float((drawn[0] == 4).float().mean()), 0.5 + 0.5 / SIZE)
+    made = make_path("state_coupled", torch.randn(12, 4, generator=generator()), SIZE, 0.5)
+    both = StateTokens(torch.full((1, COUNT), 11), current[:1])
+    source = made.source(both, generator())
+    assert near(float((source.codes == 11).float().mean()), 0.5 + 0.5 / 12)
+    assert near(float((source.proprio == 4).float().mean()), 0.5 + 0.5 / SIZE)
     with pytest.raises(ValueError, match=r"noise_share is 1\.5"):
         StateCoupledPath(VECTORS, 1.5)
 

@@ -30,7 +30,7 @@ class SubgoalSettings:
     """How often in a row it may ask again without having come nearer, before it gives up."""
     near: float = 0.03
     """A keyframe's place is reached within this distance over the proprio fields in metres [m]."""
-    alike: float = 0.5
+    alike: float = 0.7
     """A keyframe's picture is reached within this distance of code vectors, see ``GoalImage``; in [0, 4]."""
     progress: float = 0.2
     """Share of the way to a keyframe that counts as having come nearer to it."""

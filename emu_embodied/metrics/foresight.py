@@ -43,7 +43,7 @@ def foretold(trace: EpisodeTrace) -> tuple[Future, ...]:
     starts = [decision.block for decision in trace.decisions]
     return tuple(
         _head(decision.future, end - decision.block)
-        for decision, end in zip(trace.decisions, [*starts[1:], len(trace)], strict=False)
+        for decision, end in zip(trace.decisions, [*starts[1:], trace.planned_blocks], strict=False)
         if decision.future is not None
     )
 

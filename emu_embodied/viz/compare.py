@@ -58,6 +58,8 @@ def plan_video(trace: EpisodeTrace, *, act_frames: int = 3, end_frames: int = 12
             if search.future is not None:
                 for ahead in range(len(search.future)):
                     film.append(canvas.draw(block, search, ahead, thinking=True))
+        elif block >= trace.planned_blocks:
+            search = None  # nothing is expected any more
         expected = block - search.block if search is not None else 0
         film += [canvas.draw(block + 1, search, expected, thinking=False)] * act_frames
     return np.stack(film + film[-1:] * (end_frames - act_frames))

@@ -129,6 +129,13 @@ class EpisodeTrace:
         return len(self.actions_TKA)
 
     @property
+    def planned_blocks(self) -> int:
+        """Blocks until the policy stopped planning, all T if it did not."""
+        if not self.ended:
+            return len(self)
+        return max((subgoal.start + subgoal.blocks for subgoal in self.subgoals), default=0)
+
+    @property
     def compared_cameras(self) -> tuple[str, ...]:
         """Cameras that were drawn and imagined; all that were drawn where nothing was imagined."""
         futures = [*self.hindsight, *(decision.future for decision in self.decisions if decision.future is not None)]

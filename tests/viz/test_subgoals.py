@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from emu_embodied.metrics.foresight import foretold
 from emu_embodied.policies.episode import run_episode
 from emu_embodied.policies.registry import PlanningBudget, PolicySpec, make_policy
 from emu_embodied.records import Meta
@@ -61,6 +62,24 @@ def test_without_recorded_pictures_there_is_a_page(tmp_path):
         subgoals_picture(trace)
     assert "![" not in subgoals_markdown(trace) and trace.subgoals[0].text in subgoals_markdown(trace)
     assert "subgoals.md" in [file.name for file in write_plan_report(trace, tmp_path, Meta(command="plan"))]
+
+
+@pytest.mark.parametrize("name", ["subgoals", "true_subgoals"])
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_report_of_a_policy_that_stops_before_the_episode_is_over(tmp_path, monkeypatch, name, asked):
+    original, calls = PointMassModel.propose, []
+
+    def tired(self, observation, steps, generator=None):
+        calls.append(steps)
+        return original(self, observation, 1, generator) if len(calls) <= asked else ()
+
+    monkeypatch.setattr(PointMassModel, "propose", tired)
+    trace = pursue(record=True, name=name)
+    assert trace.ended and trace.planned_blocks < len(trace) and len(trace.subgoals) == asked
+    assert all(future.start + len(future) <= trace.planned_blocks for future in foretold(trace)) or trace.hindsight
+    files = write_plan_report(trace, tmp_path, Meta(command="plan"))
+    assert (tmp_path / "subgoals.md").exists() and (tmp_path / "subgoals.png").exists() == bool(asked)
+    assert trace.ended in (tmp_path / "subgoals.md").read_text() and files[-1].name == "result.json"
 
 
 def test_the_same_subgoals_in_the_true_world():

@@ -16,7 +16,6 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     bias: torch.Tensor | None = None,
-    *,
     causal: bool = False,
     prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
     prefix_bias: torch.Tensor | None = None,

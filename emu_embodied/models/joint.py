@@ -1,92 +1,125 @@
-"""Several linear maps of one input as one product, without a second copy of their weights."""
+"""Calls of a network's parts at the price of their arithmetic, and linear maps of one input as one product.
+
+Decoding one token of a small model is bound by calls: ``nn.Module``'s costs as much as the arithmetic it wraps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+Call = Callable[..., Any]
 
-class Direct(nn.Module):
-    """A module whose call costs no more than its ``forward`` as long as no hook is to see it.
 
-    ``nn.Module``'s own call and its attribute look-ups cost as much as the arithmetic on one token.
+def cheapest(module: nn.Module) -> Call:
+    """The cheapest call that does what ``module(...)`` does at this moment.
+
+    That is the module itself wherever somebody may listen or have changed it: gradients, hooks, tracing, offloading,
+    adapters, quantised weights.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return module
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        return module
+    if type(module) is nn.Linear:
+        return partial(F.linear, weight=module.weight, bias=module.bias)
+    return module.bare() if isinstance(module, Bare) else module
+
+
+class Bare(nn.Module):
+    """A module that may be called without ceremony."""
+
+    def bare(self) -> Call:
+        """The function behind ``forward``."""
+        return self.forward
+
+
+class Bound(Bare, ABC):
+    """A module that calls its parts through functions which it looks up once for many calls.
+
+    Attributes:
+        calls: what ``look_up`` found last. Hooks and replaced parts count from the next ``bind`` on.
     """
 
-    def __call__(self, *args: Any) -> Any:
-        """``forward``."""
-        state = self.__dict__
-        if torch.is_grad_enabled() or state["_forward_hooks"] or state["_forward_pre_hooks"]:
-            return super().__call__(*args)
-        return self.forward(*args)
+    calls: tuple[Call, ...] | None = None
+
+    @abstractmethod
+    def look_up(self) -> tuple[Call, ...]:
+        """How to call the parts; each as ``cheapest`` finds it."""
+
+    def bind(self) -> tuple[Call, ...]:
+        """Look up how to call the parts; kept for later calls unless gradients are on."""
+        calls = self.look_up()
+        self.calls = None if torch.is_grad_enabled() else calls
+        return calls
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self.calls = None  # if the weights move, hold no memory that nobody uses
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which look up for themselves."""
+        return {**self.__dict__, "calls": None}
 
 
-def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``module(x)``, without the cost of the call where it does nothing but multiply by its weight."""
-    weight = None if torch.is_grad_enabled() else _plain_weight(module)
-    return module(x) if weight is None else F.linear(x, weight)
-
-
-def _plain_weight(module: nn.Module) -> torch.Tensor | None:
-    """The weight, if calling the module does nothing but multiply by it."""
-    state = module.__dict__
-    if type(module) is not nn.Linear or "forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"]:
-        return None
-    weight = state["_parameters"]["weight"]
-    return weight if type(weight) is nn.Parameter else None
-
-
-class JointLinear(Direct):
+class JointLinear(Bound):
     """A module some of whose linear maps read the same input and are computed in one product.
 
-    Decoding one token is bound by calls and by reading weights, so fewer and longer products count. At the first call
-    without gradients the weights are laid one behind another in memory, and each map's own weight becomes a view of its
-    part: state dicts, optimisers and adapters see what they always saw. Maps that are no plain ones (any more: adapted,
-    quantised, offloaded) are called one by one.
+    ``join`` lays their weights one behind another in memory. Each map's own weight is a view of its part, so state
+    dicts, optimisers and adapters see what they always saw, and no weight exists twice.
     """
 
     joint_names: ClassVar[tuple[str, ...]]
     """Names of the linear maps."""
 
-    _joint: torch.Tensor | None = None
-    _addresses: list[int] | None = None
-    _widths: list[int]
-
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[..., D] -> the output of each map, [..., width]."""
-        modules = self._modules
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if [_address(modules[name]) for name in self.joint_names] != self._addresses:
-                self._join()
-            if self._joint is not None:
-                return F.linear(x, self._joint).split_with_sizes(self._widths, -1)
-        return tuple(modules[name](x) for name in self.joint_names)
-
-    def _join(self) -> None:
-        """Lay the weights one behind another, if they can be."""
+    def joint(self) -> torch.Tensor | None:
+        """One view of all weights, where the product with it does what calling the maps would do; else None."""
         maps = [self._modules[name] for name in self.joint_names]
-        self._joint, self._addresses = None, [_address(linear) for linear in maps]
-        weights = [linear.weight for linear in maps]
-        kinds = {(weight.dtype, weight.device) for weight in weights}
-        if 0 in self._addresses or len(kinds) > 1 or weights[0].is_inference():
-            return
-        # Outside of inference mode, or the weights could never be trained again.
-        with torch.inference_mode(False), torch.no_grad():
-            self._widths = [len(weight) for weight in weights]
-            self._joint = torch.cat([weight.detach() for weight in weights])
-            for weight, part in zip(weights, self._joint.split(self._widths), strict=True):
-                weight.data = part
-        self._addresses = [_address(linear) for linear in maps]
+        if not all(isinstance(call := cheapest(module), partial) and call.func is F.linear for module in maps):
+            return None
+        return _adjacent([module.weight for module in maps])
+
+    def join(self) -> None:
+        """Lay the weights one behind another, if they can be."""
+        with torch.inference_mode(False), torch.no_grad():  # or the weights could never be trained again
+            maps = [self._modules[name] for name in self.joint_names]
+            weights = [module._parameters.get("weight") for module in maps]
+            if all(type(module) is nn.Linear for module in maps) and _alike(weights) and _adjacent(weights) is None:
+                parts = torch.cat([weight.detach() for weight in weights]).split([len(weight) for weight in weights])
+                for weight, part in zip(weights, parts, strict=True):
+                    weight.data = part
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        self._joint = self._addresses = None  # the weights may move: hold no memory that nobody uses
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self.join()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, whose weights are copied one by one."""
+        super().__setstate__(state)
+        self.join()
 
 
-def _address(module: nn.Module) -> int:
-    """Where the weight lies; 0 if a call of the module may do more than multiply by it."""
-    weight = _plain_weight(module)
-    return 0 if weight is None else weight.data_ptr()
+def _alike(weights: Sequence[Any]) -> bool:
+    """Whether these are plain parameters in memory, of one kind and width."""
+    return (
+        all(type(weight) is nn.Parameter and not (weight.is_meta or weight.is_inference()) for weight in weights)
+        and len({(weight.dtype, weight.device, weight.shape[1:]) for weight in weights}) == 1
+    )
+
+
+def _adjacent(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """One view of all weights, where they lie one behind another."""
+    first, place = weights[0].detach(), weights[0].storage_offset()
+    for weight in weights:
+        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and not weight.is_meta
+        if not same or weight.storage_offset() != place or not weight.is_contiguous() or weight.dtype != first.dtype:
+            return None
+        place += weight.numel()
+    return first.as_strided((sum(len(weight) for weight in weights), *first.shape[1:]), first.stride())

@@ -5,7 +5,9 @@ Shape letters: B batch, T new tokens, D width, K env steps in a block, A action 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,11 +18,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from emu_embodied.models.attention import attend, attend_with_copies
 from emu_embodied.models.cache import BorrowedCache, KVCache
 from emu_embodied.models.config import EmuConfig
-from emu_embodied.models.joint import Direct, JointLinear, linear
+from emu_embodied.models.joint import Bare, Bound, JointLinear, cheapest
 from emu_embodied.models.masks import NoisyCopies
 
 
-class RMSNorm(Direct):
+class RMSNorm(Bare):
     """Root-mean-square norm over the last dimension, in float32."""
 
     def __init__(self, width: int) -> None:
@@ -29,17 +31,22 @@ class RMSNorm(Direct):
 
     def forward(self, x: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         """[..., width] -> [..., width]; ``eps`` is ``Call.eps``."""
-        normed, weight = normalise(x, eps), self._parameters["weight"]
-        return normed * weight if torch.is_grad_enabled() else normed.mul_(weight)
+        return normalise(x, eps, self.weight)
+
+    def bare(self) -> Callable[..., torch.Tensor]:
+        """``forward``."""
+        return partial(normalise, weight=self.weight)
 
 
-def normalise(x: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-    """Divide by the root mean square over the last dimension."""
+def normalise(x: torch.Tensor, eps: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Divide by the root mean square over the last dimension, then multiply by a weight."""
     # A norm is one pass over x where a mean of squares is two, and this runs on every token of every candidate. Adding
     # a number costs three times as much as adding a tensor of one element, which counts when there is one token.
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
-    return x * scale if x.dtype == torch.float32 else (x * scale).to(x.dtype)
+    norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
+    normed = x * torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    if x.dtype != torch.float32:
+        normed = normed.to(x.dtype)
+    return normed * weight if torch.is_grad_enabled() else normed.mul_(weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +102,19 @@ def rotations(
     positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``Call.cos`` and ``Call.sin`` of positions [T] or [B, T]."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.view(-1, positions.shape[-1], 1, 1).float() * (1.0 / theta**exponents)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    frequencies, signs = _frequencies(head_dim, theta, positions.device)
+    angles = positions.view(-1, positions.shape[-1], 1, 1) * frequencies
+    cos, sin = angles.cos(), angles.sin().mul_(signs)
+    return (cos, sin) if dtype == torch.float32 else (cos.to(dtype), sin.to(dtype))
+
+
+@lru_cache(maxsize=64)
+def _frequencies(head_dim: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rotary frequency of each dimension of a head and the sign of its sine, float32 [head dim] each."""
+    with torch.inference_mode(False):
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+        ones = torch.ones_like(exponents)
+        return (1.0 / theta**exponents).repeat(2), torch.cat([-ones, ones])
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -116,44 +132,56 @@ class EmuAttention(JointLinear):
         width, head = config.hidden_size, config.head_dim
         self.layer = layer
         self.head_dim = head
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.dropout = config.attention_dropout
-        self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=False)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=False)
+        self.q_proj = nn.Linear(width, self.heads * head, bias=False)
+        self.k_proj = nn.Linear(width, self.groups * head, bias=False)
+        self.v_proj = nn.Linear(width, self.groups * head, bias=False)
+        self.o_proj = nn.Linear(self.heads * head, width, bias=False)
         self.q_norm = RMSNorm(head)
         self.k_norm = RMSNorm(head)
+        self.join()
+
+    def look_up(self) -> tuple[Callable[..., torch.Tensor], ...]:
+        """Calls that give queries, keys and values [B, T, E] of x, that norm queries and keys, and the last map."""
+        joint = self.joint()
+        project = self._project_apart if joint is None else partial(F.linear, weight=joint)
+        norms = cheapest(self.q_norm), cheapest(self.k_norm)
+        norm: Callable[..., torch.Tensor] = self._norm_apart
+        if all(isinstance(call, partial) for call in norms):
+            weights = self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.groups, -1)
+            norm = partial(normalise, weight=torch.cat(weights))
+        return project, norm, cheapest(self.o_proj)
+
+    def _project_apart(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+
+    def _norm_apart(self, heads: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        query, key = heads.split([self.heads, self.groups], 2)
+        return torch.cat([self.q_norm(query, eps), self.k_norm(key, eps)], 2)
 
     def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         """[B, T, D] -> [B, T - call.first, D]."""
-        batch, tokens, first = len(x), x.shape[1], call.first
-        modules = self._modules
-        query, key, value = self.project(x)
-        cos, sin = call.cos, call.sin
-        key = _rotate(modules["k_norm"](key.view(batch, tokens, -1, self.head_dim), call.eps), cos, sin).transpose(1, 2)
-        value = value.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
-        if first:
-            query, cos, sin = query[:, first:], cos[:, first:], sin[:, first:]
-        query = _rotate(modules["q_norm"](query.view(batch, tokens - first, -1, self.head_dim), call.eps), cos, sin)
+        calls = self.calls
+        project, norm, out = self.bind() if calls is None or torch.is_grad_enabled() else calls
+        batch, tokens, _ = x.shape
+        heads, groups, cache = self.heads, self.groups, call.cache
+        states = project(x).view(batch, tokens, -1, self.head_dim)
+        rotated = _rotate(norm(states.narrow(2, 0, heads + groups), call.eps), call.cos, call.sin)
+        query, key = rotated.split_with_sizes([heads, groups], 2)
+        key, value = key.transpose(1, 2), states.narrow(2, heads + groups, groups).transpose(1, 2)
+        if call.first:
+            query, tokens = query[:, call.first :], tokens - call.first
         dropout = self.dropout if self.training else 0.0
         if isinstance(call.bias, NoisyCopies):
             mixed = attend_with_copies(query, key, value, call.bias, dropout=dropout)
         else:
             prefix = None
-            if call.cache is not None:
-                prefix = call.cache.shared(self.layer, call.prefix_span)
-                key, value = call.cache.write(self.layer, key, value, call.span)
-            mixed = attend(
-                query,
-                key,
-                value,
-                call.bias,
-                causal=call.causal,
-                prefix=prefix,
-                prefix_bias=call.prefix_bias,
-                dropout=dropout,
-            )
-        return linear(modules["o_proj"], mixed.flatten(2))
+            if cache is not None:
+                prefix = cache.shared(self.layer, call.prefix_span)
+                key, value = cache.write(self.layer, key, value, call.span)
+            mixed = attend(query, key, value, call.bias, call.causal, prefix, call.prefix_bias, dropout)
+        return out(mixed.reshape(batch, tokens, -1))
 
 
 class EmuMLP(JointLinear):
@@ -166,17 +194,34 @@ class EmuMLP(JointLinear):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.join()
+
+    def look_up(self) -> tuple[Callable[..., Any], ...]:
+        """Calls that give both halves, gate and up, of x, and the last map."""
+        joint = self.joint()
+        halves = self._halves_apart if joint is None else partial(_halves, weight=joint)
+        return halves, cheapest(self.down_proj)
+
+    def _halves_apart(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.gate_proj(x), self.up_proj(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
-        gate, up = self.project(x)
         if torch.is_grad_enabled():
-            return self.down_proj(F.silu(gate) * up)
+            halves, down = self.bind()
+            gate, up = halves(x)
+            return down(F.silu(gate) * up)
+        halves, down = self.calls or self.bind()
+        gate, up = halves(x)
         # In place: fresh memory for the widest tensors of the model costs as much as the arithmetic.
-        return linear(self._modules["down_proj"], F.silu(gate, inplace=True).mul_(up))
+        return down(F.silu(gate, inplace=True).mul_(up))
 
 
-class EmuLayer(Direct, GradientCheckpointingLayer):
+def _halves(x: torch.Tensor, weight: torch.Tensor) -> Sequence[torch.Tensor]:
+    return F.linear(x, weight).chunk(2, -1)
+
+
+class EmuLayer(Bound, GradientCheckpointingLayer):
     """Attention, then MLP, each on a normed copy and added to the stream."""
 
     def __init__(self, config: EmuConfig, layer: int) -> None:
@@ -187,15 +232,22 @@ class EmuLayer(Direct, GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size)
         self.dropout = config.attention_dropout
 
+    def look_up(self) -> tuple[Callable[..., torch.Tensor], ...]:
+        """Calls of norm, attention, norm and MLP."""
+        for part in (self.self_attn, self.mlp):
+            part.bind()
+        parts = self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp
+        return tuple(cheapest(part) for part in parts)
+
     def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         """[B, T, D] -> [B, T - call.first, D]."""
-        attention, mlp, before, between = self._modules.values()
+        calls = self.calls
+        before, attention, between, mlp = self.bind() if calls is None or torch.is_grad_enabled() else calls
+        dropout = self.dropout if self.training else 0.0
         y = attention(before(x, call.eps), call)
-        x = (x[:, call.first :] if call.first else x) + self._drop(y)
-        return x + self._drop(mlp(between(x, call.eps)))
-
-    def _drop(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+        x = (x[:, call.first :] if call.first else x) + (F.dropout(y, dropout) if dropout else y)
+        y = mlp(between(x, call.eps))
+        return x + (F.dropout(y, dropout) if dropout else y)
 
 
 class ActionEmbedding(nn.Module):
@@ -211,5 +263,5 @@ class ActionEmbedding(nn.Module):
         self.down = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, actions: torch.Tensor) -> torch.Tensor:
-        """Action blocks [..., K, A] in [-1, 1] -> [..., D]."""
-        return self.down(F.silu(self.up(actions.flatten(-2))))
+        """Action blocks [..., K, A] in [-1, 1] -> [..., D], in the dtype of the weights."""
+        return self.down(F.silu(self.up(actions.flatten(-2).to(self.up.weight.dtype))))

@@ -24,6 +24,7 @@ from emu_embodied.files import write_json
 from emu_embodied.models.cache import BorrowedCache, KVCache
 from emu_embodied.models.checkpoints import compare_shapes, read_config, read_folder_shapes
 from emu_embodied.models.config import EmuConfig
+from emu_embodied.models.joint import JointLinear, cheapest
 from emu_embodied.models.layers import ActionEmbedding, Call, EmuLayer, RMSNorm, rotations
 from emu_embodied.models.masks import NoisyCopies
 from emu_embodied.require import require
@@ -102,7 +103,11 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
             stored = read_folder_shapes(folder)
             rotary = [name for name in stored if name.endswith("rotary_emb.inv_freq")]
             compare_shapes(model, {name: stored[name] for name in stored.keys() - rotary}, folder)
-        return super().from_pretrained(folder, *args, **kwargs)
+        loaded = super().from_pretrained(folder, *args, **kwargs)
+        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+            if isinstance(module, JointLinear):
+                module.join()
+        return loaded
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write a folder that the official code can read too; every file is whole or absent.
@@ -180,13 +185,16 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
             cache.reserve(tokens)
         elif first:
             raise ValueError("tokens that are only seen belong into a cache: first needs one")
+        if cache is None or cache.length == 0:
+            for layer in self.model.layers:
+                layer.bind()
         call = self._call(embeds, positions, mask, cache, first)
         dropout = self.config.attention_dropout if self.training else 0.0
         hidden = F.dropout(embeds, dropout) if dropout else embeds
         hidden = self._layers(hidden, call, first)
         if cache is not None:
             cache.advance(tokens if keep is None else keep)
-        return self.model.norm(hidden, call.eps.to(hidden.device))
+        return cheapest(self.model.norm)(hidden, call.eps.to(hidden.device))
 
     def _layers(self, hidden: torch.Tensor, call: Call, first: int) -> torch.Tensor:
         """All layers, [B, T, D] -> [B, T - first, D]; on a CPU over as many sequences at a time as fit its caches."""
@@ -199,8 +207,8 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
             )
         *layers, last = self.model.layers
         for layer in layers:
-            hidden = layer(hidden, call)
-        return last(hidden, call.reading_from(first) if first else call)
+            hidden = cheapest(layer)(hidden, call)
+        return cheapest(last)(hidden, call.reading_from(first) if first else call)
 
     def _call(
         self,
@@ -238,7 +246,8 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
     def head(self, hidden: torch.Tensor, ids: slice | None = None) -> torch.Tensor:
         """Logits float32 [..., V] of hidden states [..., D]; only those of ``ids``, where given."""
         if ids is None:
-            return self.lm_head(hidden).float()
+            logits = cheapest(self._modules["lm_head"])(hidden)
+            return logits if logits.dtype == torch.float32 else logits.float()
         if self.lm_head.weight.is_meta:  # kept on disk: only calling the module fetches it
             return self.lm_head(hidden)[..., ids].float()
         weight = self.lm_head.weight[ids]

@@ -394,3 +394,46 @@ def test_a_damaged_folder_is_named_before_memory_is_spent(folder, damage, fault,
 def test_no_folder_at_all(tmp_path):
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         EmuForCausalLM.from_pretrained(tmp_path / "nowhere")
+
+
+def test_hooks_anywhere_in_a_layer_are_called_and_gradients_never_lost():
+    model = build(tiny())
+    tokens = ids(1, 6)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+    seen: list[str] = []
+    parts = [
+        "self_attn",
+        "mlp",
+        "input_layernorm",
+        "self_attn.q_norm",
+        "self_attn.k_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ]
+    handles = [
+        model.get_submodule(f"model.layers.1.{name}".removesuffix(".")).register_forward_hook(
+            lambda *_, name=name: seen.append(name)
+        )
+        for name in ["", *parts]
+    ]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=tokens).logits, expected, atol=1e-5, rtol=1e-5)
+    assert sorted(seen) == sorted(["", *parts])
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad():
+        model(input_ids=tokens)
+    model(input_ids=tokens).logits.sum().backward()  # bound without gradients just before
+    assert all(weight.grad is not None and weight.grad.any() for weight in model.parameters())
+
+
+def test_a_folder_is_read_with_each_weight_once(folder):
+    model = EmuForCausalLM.from_pretrained(folder)
+    layer = model.model.layers[0]
+    for group in (["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]):
+        maps = [getattr(layer.self_attn if "q_proj" in group else layer.mlp, name) for name in group]
+        storages = {
+            linear.weight.untyped_storage().data_ptr(): linear.weight.untyped_storage().nbytes() for linear in maps
+        }
+        assert list(storages.values()) == [sum(linear.weight.nbytes for linear in maps)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from typing import Literal
 
 from emu_embodied.models.ibq import IBQConfig
 from emu_embodied.models.transformer import EmuConfig
@@ -35,7 +36,7 @@ class Preset:
     block: int = 5
     """Env steps in an action block [control steps]."""
     text_length: int = 48
-    """Longest instruction [bytes]."""
+    """Longest instruction [bytes; with Emu3.5's ids, tokens]."""
     action_bins: int = 64
     """Bins of an action dimension."""
     state_bins: int = 256
@@ -46,15 +47,22 @@ class Preset:
     """Observed states a belief keeps when its window is full [states]."""
     max_states: int = 5
     """States in a training window, and so in one stretch of imagination [states]."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies; ours read about a thousand tokens, Emu3.5 reads 32,768."""
+    context: int = 4096
+    """Longest sequence meant to be read [tokens]."""
+    tokens: Literal["compact", "emu3.5"] = "compact"
+    """Ids and image blocks: ours, or those of BAAI's released model."""
 
     def vocabulary(self) -> Vocabulary:
         """The id ranges of this preset."""
-        return Vocabulary.compact(
-            text=256, vision=self.ibq.n_embed, action=self.action_bins, state=self.state_bins, reward=self.reward_bins
-        )
+        bins = {"action": self.action_bins, "state": self.state_bins, "reward": self.reward_bins}
+        if self.tokens == "emu3.5":
+            return Vocabulary.emu35(vision=self.ibq.n_embed, **bins)
+        return Vocabulary.compact(text=256, vision=self.ibq.n_embed, **bins)
 
     def backbone(self, action_dim: int) -> EmuConfig:
-        """The transformer's configuration for actions of ``action_dim`` dimensions."""
+        """The transformer's configuration for actions of ``action_dim`` dimensions; 0 for none."""
         vocabulary = self.vocabulary()
         return EmuConfig(
             vocab_size=vocabulary.size,
@@ -65,13 +73,13 @@ class Preset:
             num_key_value_heads=self.kv_heads,
             head_dim=self.head_dim,
             rms_norm_eps=1e-6,
-            rope_theta=10_000.0,  # contexts of about a thousand tokens, not Emu3.5's 32,768
-            max_position_embeddings=4096,
+            rope_theta=self.rope_theta,
+            max_position_embeddings=self.context,
             bos_token_id=vocabulary.special["bos"],
             eos_token_id=vocabulary.special["eos"],
             pad_token_id=vocabulary.special["pad"],
             action_dim=action_dim,
-            action_block=self.block,
+            action_block=self.block if action_dim else 0,
         )
 
 
@@ -139,6 +147,22 @@ PRESETS: dict[str, Preset] = {
         cameras=("front", "wrist"),
         max_states=8,
         context_states=3,
+    ),
+    "emu3.5": Preset(
+        layers=64,
+        width=5120,
+        mlp=25_600,
+        heads=64,
+        kv_heads=8,
+        head_dim=128,
+        ibq=IBQConfig(),
+        image_size=256,
+        action_bins=256,
+        max_states=8,
+        context_states=3,
+        rope_theta=1_000_000.0,
+        context=32_768,
+        tokens="emu3.5",
     ),
 }
 

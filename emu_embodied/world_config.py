@@ -11,6 +11,7 @@ from emu_embodied.decode.order import Order, check_order
 from emu_embodied.decode.paths import known_path
 from emu_embodied.models.checkpoints import read_config
 from emu_embodied.records import Field
+from emu_embodied.tokens.image_format import ImageFormat
 from emu_embodied.tokens.sequence import SequenceLayout
 from emu_embodied.tokens.text import ByteTokenizer
 from emu_embodied.tokens.vocabulary import Vocabulary
@@ -42,7 +43,7 @@ class WorldModelConfig:
     proprio: tuple[Field, ...]
     """Proprio fields with the range that the data covers."""
     text_length: int
-    """Longest instruction [bytes]."""
+    """Longest instruction [bytes; with Emu3.5's ids, tokens]."""
     action_bins: int
     """Bins of an action dimension."""
     state_bins: int
@@ -53,6 +54,8 @@ class WorldModelConfig:
     """Observed states kept when the window is full [states]."""
     max_states: int
     """States in a training window [states]."""
+    tokens: Literal["compact", "emu3.5"] = "compact"
+    """Ids and image blocks: ours, or those of BAAI's released model."""
     paths: tuple[str, ...] = ()
     """Noise processes that the weights were adapted with (DiDA), the first is decoded with; none: next-token decoding
     only."""
@@ -86,6 +89,8 @@ class WorldModelConfig:
         _check_count("max_states", self.max_states, self.context_states + 1)
         if not self.cameras or not self.proprio:
             raise ValueError("a world model reads at least one camera and one proprio field")
+        if self.tokens not in ("compact", "emu3.5"):
+            raise ValueError(f"tokens is {self.tokens!r}, choose compact or emu3.5")
         if self.decoding not in ("autoregressive", "dida"):
             raise ValueError(f"decoding is {self.decoding!r}, choose autoregressive or dida")
         for name in self.paths:
@@ -100,19 +105,19 @@ class WorldModelConfig:
     @property
     def layout(self) -> SequenceLayout:
         """Where everything stands in the token stream."""
+        bins = {"action": self.action_bins, "state": self.state_bins, "reward": self.reward_bins}
+        if self.tokens == "emu3.5":
+            vocabulary = Vocabulary.emu35(vision=self.codebook, **bins)
+        else:
+            vocabulary = Vocabulary.compact(text=ByteTokenizer.vocabulary_size, vision=self.codebook, **bins)
         return SequenceLayout(
-            vocabulary=Vocabulary.compact(
-                text=ByteTokenizer.vocabulary_size,
-                vision=self.codebook,
-                action=self.action_bins,
-                state=self.state_bins,
-                reward=self.reward_bins,
-            ),
+            vocabulary=vocabulary,
             text_length=self.text_length,
             cameras=self.cameras,
             camera_tokens=self.camera_tokens,
             num_proprio=len(self.proprio),
             action_dim=self.action_dim,
+            image=ImageFormat.emu35(self.camera_tokens) if self.tokens == "emu3.5" else None,
         )
 
     @classmethod

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers.utils import logging
 
 from emu_embodied.decode.autoregressive import SequentialDecoder
 from emu_embodied.decode.dida import ParallelDecoder, StateDecoder
@@ -22,14 +20,16 @@ from emu_embodied.decode.subgoals import SubgoalDecoder
 from emu_embodied.files import write_json
 from emu_embodied.models.cache import KVCache
 from emu_embodied.models.ibq import IBQ
+from emu_embodied.models.loading import placed, quietly
 from emu_embodied.models.transformer import EmuForCausalLM
 from emu_embodied.records import Belief, Frames, Imagination, Observation, Subgoal
 from emu_embodied.tokens.actions import ActionTokenizer
 from emu_embodied.tokens.frames import IBQFrameTokenizer
 from emu_embodied.tokens.sequence import StateTokens
 from emu_embodied.tokens.states import ProprioTokenizer, RewardTokenizer
-from emu_embodied.tokens.text import ByteTokenizer
+from emu_embodied.tokens.text import ByteTokenizer, TextTokenizer
 from emu_embodied.world_config import WorldModelConfig, checkpoint_folder
+from emu_embodied.world_official import is_official, read_official
 
 
 class WorldModel:
@@ -39,9 +39,16 @@ class WorldModel:
         config: what it was trained for.
         backbone: the transformer.
         frames: the vision tokenizer.
+        text: the text tokenizer, where the configuration names Emu3.5's ids; bytes otherwise.
     """
 
-    def __init__(self, config: WorldModelConfig, backbone: EmuForCausalLM, frames: IBQFrameTokenizer) -> None:
+    def __init__(
+        self,
+        config: WorldModelConfig,
+        backbone: EmuForCausalLM,
+        frames: IBQFrameTokenizer,
+        text: TextTokenizer | None = None,
+    ) -> None:
         layout = config.layout
         if backbone.config.vocab_size != layout.vocabulary.size:
             raise ValueError(
@@ -66,7 +73,9 @@ class WorldModel:
         self.backbone = backbone.eval().requires_grad_(False)
         self.frames = frames
         self.layout = layout
-        self.text = ByteTokenizer()
+        if (config.tokens == "emu3.5") != (text is not None):
+            raise ValueError("Emu3.5's ids and Emu3.5's text tokenizer belong together: give both or neither")
+        self.text: ByteTokenizer | TextTokenizer = ByteTokenizer() if text is None else text
         self.actions = ActionTokenizer(config.action_bins, config.block)
         self.proprio = ProprioTokenizer(config.proprio, config.state_bins)
         self.reward = RewardTokenizer(config.reward_bins)
@@ -84,8 +93,8 @@ class WorldModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.backbone.lm_head.weight.device
+        """Where tokens and actions go in."""
+        return self.backbone.entry
 
     @cached_property
     def decoder(self) -> StateDecoder:
@@ -166,7 +175,7 @@ class WorldModel:
             entropy_bound=self.config.entropy_bound if entropy_bound is None else entropy_bound,
             source_noise=self.config.source_noise if source_noise is None else source_noise,
         )
-        return WorldModel(config, self.backbone, self.frames)
+        return WorldModel(config, self.backbone, self.frames, _official(self.text))
 
     # -- observe -----------------------------------------------------------------------------------------------------
 
@@ -395,7 +404,7 @@ class WorldModel:
 
     def _prefix(self, embeds: torch.Tensor) -> KVCache:
         """A cache that holds one sequence [1, L, D]."""
-        cache = KVCache(self.backbone.config, 1, embeds.shape[1], device=embeds.device, dtype=embeds.dtype)
+        cache = KVCache(self.backbone.config, 1, embeds.shape[1], device=self.backbone.devices, dtype=embeds.dtype)
         self._write(cache, embeds)
         return cache
 
@@ -414,42 +423,57 @@ class WorldModel:
     # -- files -------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors, world.json and tokenizer/ into ``folder``."""
+        """Write config.json, model.safetensors, world.json, tokenizer/ and any ``emu3.tiktoken`` into ``folder``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with _without_bars():
+        with quietly():
             self.backbone.save_pretrained(folder)
         self.frames.save_pretrained(folder / "tokenizer")
+        if (text := _official(self.text)) is not None:
+            text.save_pretrained(folder)
         write_json(folder / "world.json", asdict(self.config))
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, device: str | torch.device = "cpu") -> WorldModel:
-        """Load a shipped checkpoint by name (``"nano"``) or one from a folder.
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        embodiment: WorldModelConfig | None = None,
+        **backbone: Any,
+    ) -> WorldModel:
+        """Load a shipped checkpoint by name (``"nano"``), one from a folder, or Emu3.5's own folder as it is.
+
+        Args:
+            name_or_folder: where.
+            device: where to compute; with a ``device_map`` only the vision tokenizer goes there.
+            embodiment: for Emu3.5's folder, which knows no robot: cameras, actions, proprio and the length of windows;
+                None takes those of the shipped ``nano``, a Panda. Its ids, images and decoding follow from the folder.
+                The robot's tokens and the action embedding, which at first changes nothing, have then to be learned.
+            **backbone: to ``EmuForCausalLM.from_pretrained`` (``dtype``, ``device_map`` ...: see ``models.loading``).
+                ``dtype`` is float32 by default, and as stored for Emu3.5's folder.
 
         Raises:
             ValueError: for an unknown name (with the nearest), or a folder with a missing, damaged or foreign file.
         """
         folder = checkpoint_folder(name_or_folder)
+        if not (folder / "world.json").is_file() and is_official(folder):
+            return cls(*read_official(folder, device, embodiment, backbone))
         config = WorldModelConfig.load(folder / "world.json")
-        with _without_bars():
-            backbone = EmuForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+        if embodiment is not None:
+            raise ValueError(f"{folder} names its own embodiment in world.json: leave embodiment out")
+        with quietly():
+            loaded = placed(EmuForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **backbone}), device)
         frames = IBQFrameTokenizer(IBQ.from_pretrained(folder / "tokenizer", device))
+        text = TextTokenizer.from_pretrained(folder) if config.tokens == "emu3.5" else None
         try:
-            return cls(config, backbone, frames)
+            return cls(config, loaded, frames, text)
         except ValueError as error:
             raise ValueError(f"the files in {folder} do not belong together: {error}") from error
 
 
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep transformers from drawing a progress bar for a file that takes no time, in the middle of our own."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+def _official(text: ByteTokenizer | TextTokenizer) -> TextTokenizer | None:
+    return text if isinstance(text, TextTokenizer) else None
 
 
 def _finite(logits: StateLogits) -> torch.Tensor:

@@ -250,9 +250,8 @@ class ParallelDecoder:
 
     def _by_place(self, flags_SM: torch.Tensor) -> torch.Tensor:
         """Flags [S, M] of the decoded tokens where these stand in a state, [S, L]; False everywhere else."""
-        codes, proprio = flags_SM.split([len(self.layout.frame_slots), self.layout.num_proprio], -1)
-        per_camera = F.pad(codes.unflatten(-1, (len(self.layout.cameras), -1)), (1, 0)).flatten(1)
-        return torch.cat([per_camera, F.pad(proprio, (0, self.layout.state_tokens - self.layout.reward_slot))], -1)
+        places = torch.cat([self.layout.frame_slots, self.layout.proprio_slots]).to(flags_SM.device)
+        return flags_SM.new_zeros(len(flags_SM), self.layout.state_tokens).index_copy_(-1, places, flags_SM)
 
     def _apart(self, tokens_SM: torch.Tensor) -> StateTokens:
         return StateTokens(*tokens_SM.split([len(self.layout.frame_slots), self.layout.num_proprio], -1))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from transformers.utils import logging
 
 from emu_embodied.hardware import pick_device, pick_dtype
 from emu_embodied.require import require
+
+if TYPE_CHECKING:
+    from emu_embodied.models.transformer import EmuForCausalLM
 
 Quantize = Literal["4bit", "8bit"]
 
@@ -64,11 +70,33 @@ def quantization(quantize: Quantize, dtype: torch.dtype | str = "auto") -> Any:
     require("bitsandbytes", extra="large")
     from transformers import BitsAndBytesConfig
 
+    # Our decoders read rows of the head; an action embedding starts new and is small.
+    kept = ["lm_head", "action_embedding"]
     if quantize == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=kept,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
     )
+
+
+def placed(backbone: EmuForCausalLM, device: torch.device | str) -> EmuForCausalLM:
+    """On the device, unless loading has already put it somewhere."""
+    return backbone if getattr(backbone, "hf_device_map", None) else backbone.to(device)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep transformers from drawing bars, and tables of weights that are new on purpose, in the middle of our own."""
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()

@@ -4,6 +4,7 @@
               | text  state  (text  state)*  [eos]
     text     := bos  <text_length bytes, padded>
     state    := (boi <N_c codes>) for each camera   <P proprio bins>  reward  success
+                (or each camera's codes in Emu3.5's own image block, see ``image_format``)
     action   := boa  <A action bins>
 
 What follows a state says which role the model plays: ``boa`` the world (an action, and the state it leads to), ``bos``
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
+from emu_embodied.tokens.image_format import ImageFormat
 from emu_embodied.tokens.vocabulary import IdRange, Vocabulary
 
 MASKED = -1
@@ -49,11 +51,13 @@ class SequenceLayout:
 
     Attributes:
         vocabulary: the id ranges.
-        text_length: bytes reserved for the instruction; shorter ones are padded, longer ones refused.
+        text_length: bytes (with Emu3.5's ids, tokens) reserved for the instruction; shorter ones are padded, longer
+            ones refused.
         cameras: camera names, in order.
         camera_tokens: codes N_c of one camera's frame.
         num_proprio: P.
         action_dim: A.
+        image: fixed ids around and between the codes of a frame; None for ``boi`` before them and no others.
     """
 
     vocabulary: Vocabulary
@@ -62,6 +66,7 @@ class SequenceLayout:
     camera_tokens: int
     num_proprio: int
     action_dim: int
+    image: ImageFormat | None = None
 
     @property
     def text_tokens(self) -> int:
@@ -71,7 +76,7 @@ class SequenceLayout:
     @property
     def state_tokens(self) -> int:
         """Length of a state segment."""
-        return len(self.cameras) * (1 + self.camera_tokens) + self.num_proprio + 2
+        return len(self.cameras) * self._camera_length + self.num_proprio + 2
 
     @property
     def action_tokens(self) -> int:
@@ -101,9 +106,7 @@ class SequenceLayout:
     @property
     def frame_slots(self) -> torch.Tensor:
         """int64 [N]: where in a state the codes of all cameras stand."""
-        per_camera = torch.arange(1, 1 + self.camera_tokens)
-        starts = torch.arange(len(self.cameras)) * (1 + self.camera_tokens)
-        return (starts[:, None] + per_camera).flatten()
+        return (self._camera_starts[:, None] + self._format.slots(self.camera_tokens)).flatten()
 
     @property
     def proprio_slots(self) -> torch.Tensor:
@@ -157,7 +160,8 @@ class SequenceLayout:
             ValueError: if the instruction is longer than ``text_length``.
         """
         if len(text) > self.text_length:
-            raise ValueError(f"instruction of {len(text)} bytes; this model reads at most {self.text_length}")
+            unit = "bytes" if self.image is None else "tokens"
+            raise ValueError(f"instruction of {len(text)} {unit}; this model reads at most {self.text_length}")
         special = self.vocabulary.special
         padding = [special["pad"]] * (self.text_length - len(text))
         return torch.tensor([special["bos"], *text, *padding])
@@ -171,12 +175,25 @@ class SequenceLayout:
         """Codes [..., N] and proprio bins [..., P], ``MASKED`` where there is none -> int64 [..., state_tokens]."""
         v = self.vocabulary
         ids = torch.empty(*codes_N.shape[:-1], self.state_tokens, dtype=torch.long, device=codes_N.device)
-        ids[..., torch.arange(len(self.cameras)) * (1 + self.camera_tokens)] = v.special["boi"]
+        for place, token in self._format.fixed(self.camera_tokens):
+            ids[..., self._camera_starts + place] = token
         ids[..., self.frame_slots] = self._ids(v.vision, codes_N.long())
         ids[..., self.proprio_slots] = self._ids(v.state, proprio_P.long())
         ids[..., self.reward_slot] = v.special["reward"]
         ids[..., self.success_slot] = v.special["success"]
         return ids
+
+    @property
+    def _format(self) -> ImageFormat:
+        return ImageFormat((self.vocabulary.special["boi"],)) if self.image is None else self.image
+
+    @property
+    def _camera_length(self) -> int:
+        return self._format.length(self.camera_tokens)
+
+    @property
+    def _camera_starts(self) -> torch.Tensor:
+        return torch.arange(len(self.cameras)) * self._camera_length
 
     def _ids(self, span: IdRange, local: torch.Tensor) -> torch.Tensor:
         return torch.where(local == MASKED, self.vocabulary.special["pad"], span.ids(local))

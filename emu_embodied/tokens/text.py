@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from emu_embodied.files import write_atomically
 from emu_embodied.require import require
 
 
@@ -72,6 +73,12 @@ class TextTokenizer:
         if not path.is_file():
             raise ValueError(f"{path} is missing: give the folder of Emu3.5's text tokenizer, which holds {cls.FILE}")
         return cls(_read_ranks(path))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``emu3.tiktoken`` into ``folder``."""
+        tokens = (self._bytes.decode_single_token_bytes(rank) for rank in range(self._ranks))
+        lines = [b"%b %d\n" % (binascii.b2a_base64(token, newline=False), rank) for rank, token in enumerate(tokens)]
+        write_atomically(Path(folder) / self.FILE, lambda aside: aside.write_bytes(b"".join(lines)))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text in NFC; special tokens written in it (``<|extra_100|>`` ...) become their ids."""

@@ -83,12 +83,12 @@ class Vocabulary:
         )
 
     @classmethod
-    def emu35(cls) -> Vocabulary:
-        """The ids of BAAI's released model (282,926 of them)."""
+    def emu35(cls, *, vision: int = 131_072, action: int = 256, state: int = 256, reward: int = 64) -> Vocabulary:
+        """The ids of BAAI's released model (282,926 of them), with the given numbers of codes and bins."""
         bpe_end = 151_643
-        success = IdRange(bpe_end - 2, 2)
-        reward = IdRange(success.start - 64, 64)
-        state = IdRange(reward.start - 256, 256)
+        success_r = IdRange(bpe_end - 2, 2)
+        reward_r = IdRange(success_r.start - reward, reward)
+        state_r = IdRange(reward_r.start - state, state)
         return cls(
             text=IdRange(0, bpe_end),
             special={
@@ -101,10 +101,10 @@ class Vocabulary:
                 "reward": 151_841,
                 "success": 151_842,
             },
-            vision=IdRange(151_854, 131_072),
-            action=IdRange(state.start - 256, 256),
-            state=state,
-            reward=reward,
-            success=success,
-            size=282_926,
+            vision=IdRange(151_854, vision),
+            action=IdRange(state_r.start - action, action),
+            state=state_r,
+            reward=reward_r,
+            success=success_r,
+            size=151_854 + vision,
         )

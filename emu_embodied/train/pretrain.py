@@ -149,6 +149,11 @@ def check_fits_preset(store: EpisodeStore, preset: Preset, frames: IBQFrameToken
     Raises:
         ValueError: naming what differs, with both values.
     """
+    if preset.tokens != "compact":
+        raise ValueError(
+            "the preset emu3.5 is BAAI's released model, which is not trained from nothing here: load its folder with "
+            "WorldModel.from_pretrained, save it, and adapt that with `train dida --init`"
+        )
     if store.spec.block != preset.block:
         raise ValueError(
             f"{store.folder} was recorded in blocks of {store.spec.block} env steps; the preset has {preset.block}"

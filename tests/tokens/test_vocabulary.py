@@ -29,7 +29,8 @@ def test_every_preset_has_room_for_its_ids(name):
     row = PRESETS[name]
     vocabulary = row.vocabulary()
     assert row.backbone(4).vocab_size == vocabulary.size
-    assert (vocabulary.vision.size, vocabulary.text.size) == (row.ibq.n_embed, 256)
+    assert (vocabulary.vision.size, vocabulary.action.size) == (row.ibq.n_embed, row.action_bins)
+    assert (vocabulary.state.size, vocabulary.reward.size) == (row.state_bins, row.reward_bins)
 
 
 def test_emu35_ids_are_those_of_the_released_files():

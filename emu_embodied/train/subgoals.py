@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from emu_embodied.data.subgoals import DONE, SubgoalBatch, SubgoalIndex, Subtasks
-from emu_embodied.decode.grammar import StateLogits, expected_bin
+from emu_embodied.decode.grammar import expected_bin
 from emu_embodied.decode.paths import StatePath
 from emu_embodied.models.transformer import EmuForCausalLM
 from emu_embodied.tokens.sequence import SequenceLayout, StateTokens
@@ -204,8 +204,11 @@ def subgoal_loss(
     shown_M = batch.shown_BT.flatten()
     items = window.embeds_BLD[..., 0].numel()
     if paths:
-        times = sample_times(tuple(batch.shown_BT.shape), config.noise_shift, config.source_share, generator)
-        views = noisy_logits(world, window, draw_copies(paths, window, times, generator))
+        rows, steps = batch.shown_BT.shape
+        times = sample_times(
+            (rows, steps), config.noise_shift, config.source_share, generator, asynchronous=config.async_times
+        )
+        views = noisy_logits(world, window, draw_copies(paths, window, times, generator), flex=config.flex_attention)
         hidden, keyframes = views.hidden_BLD, {"": views.noisy, "clean/": views.clean}
         items += times.numel() * layout.state_tokens
     else:
@@ -214,7 +217,7 @@ def subgoal_loss(
     loss, logs = _sentence_loss(sentence_logits(backbone, layout, hidden), batch, layout, weights)
     if bool(shown_M.any()):
         for name, logits in keyframes.items():
-            part, part_logs = state_loss(_chosen(logits, shown_M), _chosen_targets(window.targets, shown_M), weights)
+            part, part_logs = state_loss(logits.at(shown_M), window.targets.at(shown_M), weights)
             loss = loss + part
             logs |= {f"{name}{key}": value for key, value in part_logs.items()}
     return LossOutput(loss, {"loss": loss.detach(), **logs}, items)
@@ -280,14 +283,6 @@ def _judge(
         "proprio_error_m": miss_M[shown_M],
         "proprio_moved_m": moved_M[shown_M],
     }
-
-
-def _chosen(logits: StateLogits, rows_M: torch.Tensor) -> StateLogits:
-    return StateLogits(logits.frame[rows_M], logits.proprio[rows_M], logits.reward[rows_M], logits.success[rows_M])
-
-
-def _chosen_targets(targets: StateTargets, rows_M: torch.Tensor) -> StateTargets:
-    return StateTargets(*(getattr(targets, name)[rows_M] for name in StateTargets.__slots__))
 
 
 def _sentence_ids(world: WorldModel, sentences: tuple[str, ...]) -> torch.Tensor:

@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from emu_embodied import world_config
+from emu_embodied.decode import dida
 from emu_embodied.decode.grammar import state_logits
+from emu_embodied.decode.order import ORDERS
 from emu_embodied.decode.paths import PATHS, UniformPath
 from emu_embodied.models.cache import KVCache
 from emu_embodied.models.masks import causal_then_parallel
@@ -203,6 +205,41 @@ def test_candidates_take_no_copy_of_the_prefix(fresh):
             taken.append(memory.bytes)
     longer = sum(keys.nbytes for keys in beliefs[1].cache.keys) - sum(keys.nbytes for keys in beliefs[0].cache.keys)
     assert abs(taken[1] - taken[0]) < longer < plans * longer
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often Python looks at a number of a tensor, which waits for the device where there is one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        self.count += function in (aten._local_scalar_dense.default, aten.nonzero.default, aten.is_nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_rollout_waits_for_its_device_at_its_ends_only(fresh, order, monkeypatch):
+    monkeypatch.setattr(dida, "_on_host", lambda tensor: False)  # as where tensors lie on a device
+    world = fresh.with_decoding("dida", passes=3, order=order)
+    belief, counts = world.observe(SEEN[:1]), []
+    for horizon in (1, 2, 6):
+        with Reads() as reads:
+            world.imagine(belief, tiny.plans(2, horizon))
+        counts.append(reads.count)
+    assert counts[0] <= 4 and len(set(counts)) == 1
+
+
+@pytest.mark.parametrize("decoding", ["dida", "autoregressive"])
+def test_half_precision_imagines_nearly_the_same(fresh, decoding):
+    actions = tiny.plans(3, 5)
+    world = fresh.with_decoding(decoding)
+    exact = world.imagine(world.observe(SEEN[:2], DONE[:1]), actions, generator())
+    world.backbone.bfloat16()
+    found = world.imagine(world.observe(SEEN[:2], DONE[:1]), actions, generator())
+    assert found.reward_SH.dtype == torch.float32
+    torch.testing.assert_close(found.reward_SH[:, 0], exact.reward_SH[:, 0], atol=0.05, rtol=0.0)
+    torch.testing.assert_close(found.proprio_SHP[:, 0], exact.proprio_SHP[:, 0], atol=0.1, rtol=0.0)
 
 
 def test_same_generator_same_bytes(world):

@@ -235,6 +235,9 @@ def check_fits(world_model: Any, simulator: EpisodeSimulator) -> None:
 
 @lru_cache(maxsize=2)
 def _load_world_model(checkpoint: str, device: str) -> WorldModel:
+    from emu_embodied.hardware import pick_dtype
     from emu_embodied.world_model import WorldModel as TrainedWorldModel
 
+    if device.startswith("cuda"):  # imagination alone: nothing is trained in this precision
+        return TrainedWorldModel.from_pretrained(checkpoint, device=device, dtype=pick_dtype("auto", device))
     return TrainedWorldModel.from_pretrained(checkpoint, device=device)

@@ -135,13 +135,14 @@ class Interleaved:
         """Read the model onto the devices asked for."""
         from emu_embodied.hardware import pick_device
         from emu_embodied.interleaved import InterleavedModel
-        from emu_embodied.models.loading import loading
+        from emu_embodied.models.loading import explaining_memory, loading
 
         options = loading(self.device, self.dtype, self.quantize, self.offload)
         device = pick_device("auto" if self.device == "spread" else self.device)
-        return InterleavedModel.from_pretrained(
-            self.checkpoint, vision=self.vision_tokenizer, text=self.text_tokenizer, device=device, **options
-        )
+        with explaining_memory(self.checkpoint):
+            return InterleavedModel.from_pretrained(
+                self.checkpoint, vision=self.vision_tokenizer, text=self.text_tokenizer, device=device, **options
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +253,7 @@ class Generate(Interleaved):
     def _generate(self, model: InterleavedModel, request: GenerationRequest, folder: Path, seed: int) -> None:
         import torch
 
+        from emu_embodied.models.loading import explaining_memory
         from emu_embodied.provenance import make_meta
         from emu_embodied.stories import StoryLog
 
@@ -260,7 +262,8 @@ class Generate(Interleaved):
         log = StoryLog(folder, request.task, request.prompt, request.images, say)
         finished = False
         try:
-            log.take_all(events)
+            with explaining_memory(self.checkpoint):
+                log.take_all(events)
             finished = True
         finally:
             log.close(finished=finished, meta=make_meta(seed=seed), request=self._record(request, seed))

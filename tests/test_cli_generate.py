@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,6 +160,44 @@ def test_a_stopped_stream_is_not_finished_and_a_full_one_says_so(checkpoint, mod
     generate(checkpoint, tmp_path / "b", "--prompt", "P")
     result = json.loads((tmp_path / "b" / "result.json").read_text())
     assert result["finished"] and "cut off" in result["notes"][0]
+
+
+def needs(*modules: str) -> pytest.MarkDecorator:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed")
+
+
+@needs("tiktoken")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        pytest.param(["--quantize", "4bit"], marks=needs("accelerate", "bitsandbytes")),
+        pytest.param(["--offload", "FOLDER"], marks=needs("accelerate")),
+    ],
+    ids=["plain", "4bit", "offload"],
+)
+def test_with_real_weights_from_the_command_to_the_files(flags, checkpoint, picture, tmp_path, capsys):
+    flags = [tmp_path / flag if flag == "FOLDER" else flag for flag in flags]
+    small = ["--image-area", 192, "--max-images", 2, "--greedy", "--device", "cpu"]
+    assert generate(checkpoint, tmp_path / "out", "--prompt", "P", "--image", picture, *small, *flags, task="vla") == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["reason"] == "images" and result["images"] == 2 and result["request"]["seed"] is None
+    assert {segment["width"] for segment in result["segments"] if segment["kind"] == "image"} == {16}
+    if flags == []:
+        again = tmp_path / "again"
+        generate(checkpoint, again, "--prompt", "P", "--image", picture, *small, task="vla")
+        assert (again / "image_01.png").read_bytes() == (tmp_path / "out" / "image_01.png").read_bytes()
+
+
+def test_a_full_device_is_advice(checkpoint, model, tmp_path, capsys):
+    def full(*_: object, **__: object) -> Iterator:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    model.stream = full
+    line = refusal(capsys, checkpoint, tmp_path / "out", "--prompt", "P")
+    assert "memory is full" in line and f"doctor --checkpoint {checkpoint}" in line
 
 
 # -- files of prompts -------------------------------------------------------------------------------------------------

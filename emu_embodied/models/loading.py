@@ -89,6 +89,22 @@ def placed(backbone: EmuForCausalLM, device: torch.device | str) -> EmuForCausal
 
 
 @contextmanager
+def explaining_memory(checkpoint: str | Path) -> Iterator[None]:
+    """Turn a device's running out of memory into advice.
+
+    Raises:
+        ValueError: if it does.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the device's memory is full; `emu-embodied doctor --checkpoint {checkpoint}` says what fits "
+            "(--quantize, --device spread, --offload)"
+        ) from error
+
+
+@contextmanager
 def quietly() -> Iterator[None]:
     """Keep transformers from drawing bars, and tables of weights that are new on purpose, in the middle of our own."""
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

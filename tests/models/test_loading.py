@@ -53,8 +53,9 @@ def decoded(model: EmuForCausalLM) -> torch.Tensor:
     return model.head(hidden, slice(151_854, 151_870))
 
 
-def share_of_top(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
+def likeness(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Correlation of logits."""
+    return torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1].item()
 
 
 def test_bfloat16(folder, plain):
@@ -103,7 +104,7 @@ def test_offload_flags_spread_the_weights(folder, tmp_path):
 
 
 @needs("accelerate", "bitsandbytes")
-@pytest.mark.parametrize(("bits", "kind", "least"), [("4bit", torch.uint8, 0.6), ("8bit", torch.int8, 0.9)])
+@pytest.mark.parametrize(("bits", "kind", "least"), [("4bit", torch.uint8, 0.8), ("8bit", torch.int8, 0.98)])
 def test_quantised_on_loading(bits, kind, least, folder, plain, tmp_path):
     model = EmuForCausalLM.from_pretrained(folder, **loading("cpu", "fp32", bits))
     layer = model.model.layers[0]
@@ -111,9 +112,10 @@ def test_quantised_on_loading(bits, kind, least, folder, plain, tmp_path):
     assert layer.mlp.up_proj.weight.numel() == 32 * 16 // (2 if bits == "4bit" else 1)
     assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.float32
     found, expected = logits(model), logits(plain)
-    assert share_of_top(found[..., 151_854:], expected[..., 151_854:]) >= least
+    assert likeness(found[..., 151_854:], expected[..., 151_854:]) > least
     assert not torch.equal(found, expected)
-    torch.testing.assert_close(decoded(model), found[:, 15:, 151_854:], atol=1e-3, rtol=1e-3)
+    # LLM.int8 chooses its outlier columns from all tokens of a call, so a cache changes digits.
+    assert likeness(decoded(model), found[:, 15:, 151_854:]) > 0.999
     model.save_pretrained(tmp_path / "small")
     again = EmuForCausalLM.from_pretrained(tmp_path / "small")
     torch.testing.assert_close(logits(again), found, atol=1e-4, rtol=1e-4)
@@ -134,7 +136,7 @@ def test_lora_learns_and_comes_back(folder, plain, tmp_path):
     trained = [name for name, weight in tuned.named_parameters() if weight.requires_grad]
     assert trained and all("lora_" in name for name in trained)
     torch.testing.assert_close(logits(tuned), logits(plain))
-    optimizer = torch.optim.SGD([weight for weight in tuned.parameters() if weight.requires_grad], lr=0.5)
+    optimizer = torch.optim.Adam([weight for weight in tuned.parameters() if weight.requires_grad], lr=3e-3)
     losses = []
     for _ in range(4):
         loss = tuned.train()(input_ids=IDS, labels=IDS).loss

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import itertools
-from pathlib import Path
-
 import torch
 
 from emu_embodied.interleaved import InterleavedModel
@@ -64,10 +60,3 @@ def favour(backbone: EmuForCausalLM, text: TextTokenizer, bias: dict[str, float]
     with torch.no_grad():
         for name, factor in bias.items():
             backbone.lm_head.weight[text.special_id(f"<|{name}|>")] *= factor
-
-
-def write_ranks(path: Path) -> None:
-    """A text tokenizer's file of the official length: all bytes, then made-up longer tokens."""
-    longer = (bytes(token) for token in itertools.product(range(128, 256), range(128, 256), range(97, 123)))
-    tokens = [*(bytes([byte]) for byte in range(256)), *itertools.islice(longer, 151_643 - 256)]
-    path.write_text("".join(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens)))

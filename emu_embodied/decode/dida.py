@@ -88,10 +88,10 @@ class ParallelDecoder:
 
     **What later passes compute.** A token is *open* until it settles: when ``order`` says so, or, with an order
     ``random``, when the noise process fills it for good (``mask``) or the last pass is over. From the second pass on a
-    position is computed if its token is open, if it predicts an open token (the position before it does), or if its
-    token is another than in the pass before; reward and success are read in every pass. All other positions keep the
-    keys, values and predictions of the pass that computed them last. While everything is open that is the full
-    computation; what is left out is that settled tokens do not look again at what the others have become.
+    position is computed if it predicts an open token (the position before it does), or if its token is another than in
+    the pass before; reward and success are read in every pass. All other positions keep the keys, values and
+    predictions of the pass that computed them last. While everything is open that is the full computation; what is left
+    out is that settled tokens do not look again at what the others have become.
 
     **When a candidate stops.** When nothing is open, or, at temperature 0, when a pass predicts for every open token
     what it already is: further passes would repeat it. On a CPU stopped candidates cost nothing and the shapes follow
@@ -230,9 +230,13 @@ class ParallelDecoder:
 
     def _needed(self, some: _Candidates) -> torch.Tensor:
         """Bool [S, L]: which positions the next pass computes."""
-        open_SL = self._by_place(some.open_SM)
-        needed_SL = open_SL | F.pad(open_SL[:, 1:], (0, 1)) | self._by_place(some.changed_SM)
+        layout = self.layout
+        needed_SL = F.pad(self._by_place(some.open_SM)[:, 1:], (0, 1)) | self._by_place(some.changed_SM)
         needed_SL[:, -_READOUTS:] = True
+        # The last code of a camera stands before what opens the next one's, so it predicts nothing; nor is it left out.
+        needed_SL[:, layout.camera_tokens : layout.reward_slot - layout.num_proprio - 1 : layout.camera_tokens + 1] = (
+            True
+        )
         return needed_SL
 
     @property
@@ -245,8 +249,9 @@ class ParallelDecoder:
         length, tokens = self.layout.state_tokens, len(self.layout.frame_slots) + self.layout.num_proprio
         if self.order != "confidence" or not isinstance(self.path.frame, MixturePath):
             return length
-        before, settled = (settled_by(t, tokens) for t in times(self.passes, self.time_shift)[index - 1 : index + 1])
-        return min(length, 2 * (tokens - settled) + settled - before + _READOUTS)
+        # What is open, and what settled last.
+        concerned = tokens - settled_by(times(self.passes, self.time_shift)[index - 1], tokens)
+        return min(length, concerned + _READOUTS + len(self.layout.cameras) - 1)
 
     def _by_place(self, flags_SM: torch.Tensor) -> torch.Tensor:
         """Flags [S, M] of the decoded tokens where these stand in a state, [S, L]; False everywhere else."""

@@ -88,10 +88,10 @@ def reference(world, decoder: ParallelDecoder) -> tuple[torch.Tensor, StateLogit
         for s in range(PLANS):
             for m, slot in enumerate(slots.tolist()):
                 if is_open[s, m]:
-                    needed[s, known + slot] = needed[s, known + slot - 1] = True
+                    needed[s, known + slot - 1] = True
                 if changed[s, m]:
                     needed[s, known + slot] = True
-        needed[:, -3:] = True
+        needed[:, -3:] = needed[:, known + layout.camera_tokens] = True  # the first camera's last code
         computed.append(int(needed[going, known:].sum(-1).max()) if bool(going.any()) else 0)
         needed &= going[:, None]
         if i == 0:

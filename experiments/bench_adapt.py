@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,15 +75,13 @@ def bench(name: str, config: AdaptBench) -> list[Row]:
     training = WorldTraining(batch=config.batch, source_share=0.5)
     optimizer = build_optimizer(training.loop, backbone)
     kinds: dict[str, Callable[[torch.Generator], LossOutput]] = {
-        "next token": lambda generator: next_token_loss(world, batch, training, generator)
+        "next token": partial(next_token_loss, world, batch, training)
     }
     for flex in (False, True) if config.flex else (False,):
         chosen = replace(training, flex_attention=flex)
         for names in config.paths.split(";"):
             paths = [world.path(path.strip()) for path in names.split(",")]
-            kinds[f"dida {names}{' flex' if flex else ''}"] = lambda generator, paths=paths, chosen=chosen: dida_loss(
-                world, batch, chosen, paths, generator
-            )
+            kinds[f"dida {names}{' flex' if flex else ''}"] = partial(dida_loss, world, batch, chosen, paths)
     # On one thread of a CPU other programs' time does not count.
     clock = time.process_time if device.type == "cpu" and config.threads == 1 else time.perf_counter
     best = dict.fromkeys(kinds, float("inf"))

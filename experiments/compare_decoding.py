@@ -245,7 +245,7 @@ def variants(config: CompareDecoding, adapted: Sequence[str]) -> list[Variant]:
     for passes in _numbers(config.passes):
         for name in names:
             for order in orders if passes > 1 else orders[:1]:
-                settles = order if passes > 1 else "random"
+                settles: Order = order if passes > 1 else "random"
                 found.append(Variant(name, passes, settles, config.temperature, config.source_noise))
     return found
 

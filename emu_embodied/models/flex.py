@@ -28,10 +28,9 @@ def attend_with_copies_flex(
     Returns:
         [S, L, H, D].
     """
-    run = _compiled() if query.is_cuda else flex_attention
+    run: Callable[..., torch.Tensor] = _compiled() if query.is_cuda else flex_attention
     mask = block_mask(copies, str(query.device))
-    mixed: torch.Tensor = run(query.transpose(1, 2), key, value, block_mask=mask, enable_gqa=True)
-    return mixed.transpose(1, 2)
+    return run(query.transpose(1, 2), key, value, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
 @lru_cache(maxsize=16)

@@ -148,8 +148,8 @@ def own_samples(world: WorldModel, data: WorldData, config: WorldTraining, kept:
     world.backbone.eval()
     parts = []
     with tqdm(total=count, desc="own samples", unit="window") as bar:
-        while bar.n < count:
-            rows = min(32, count - bar.n)
+        for start in range(0, count, 32):
+            rows = min(32, count - start)
             drawn = data.train.sample(rows, world.config.max_states, data.text_train_EL, generator)
             parts.append(imagined(world, decoder, drawn.to(world.device), generator).to(torch.device("cpu")))
             bar.update(rows)

@@ -1,6 +1,7 @@
 """The convolutional autoencoder of Emu3.5's vision tokenizer: pixels to a grid of vectors and back.
 
-State-dict keys are the official ones. Shape letters: B batch, C channels, H/W pixels, h/w cells.
+State-dict keys are the official ones. Activations are tensors, or ``Strips`` of images too large for that: ``hold``
+marks what is read more than once. Shape letters: B batch, C channels, H/W pixels, h/w cells.
 """
 
 from __future__ import annotations
@@ -11,6 +12,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from emu_embodied.models.strips import hold, whole
+
+_SCORES = 1 << 26
+"""Attention scores computed at once, at most [scores]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +80,7 @@ class ResnetBlock(nn.Module):
         """[B, C, H, W] -> [B, C', H, W]."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        return hold(h + (x if self.nin_shortcut is None else self.nin_shortcut(x)), over=x)
 
 
 class AttnBlock(nn.Module):
@@ -93,10 +99,13 @@ class AttnBlock(nn.Module):
         batch, width, height, across = x.shape
         normed = self.norm(x)
         query, key, value = (
-            layer(normed).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v)
+            whole(layer(normed)).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return x + self.proj_out(mixed.squeeze(1).transpose(1, 2).reshape(batch, width, height, across))
+        # Some queries at a time: not every kernel for so wide a head is one that never holds all scores.
+        rows = max(1, _SCORES // (batch * height * across))
+        mixed = torch.cat([F.scaled_dot_product_attention(part, key, value) for part in query.split(rows, 2)], 2)
+        mixed = self.proj_out(mixed.squeeze(1).transpose(1, 2).reshape(batch, width, height, across))
+        return hold(x + mixed, over=x)
 
 
 class Downsample(nn.Module):
@@ -108,7 +117,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, C, H / 2, W / 2]."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return hold(self.conv(F.pad(x, (0, 1, 0, 1))))
 
 
 class Upsample(nn.Module):
@@ -120,7 +129,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, C, 2 H, 2 W]."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return hold(self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
 
 
 class Level(nn.Module):
@@ -189,7 +198,7 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, z_channels, h, w]."""
-        x = self.conv_in(F.pixel_unshuffle(pixels, self.patch))
+        x = hold(self.conv_in(F.pixel_unshuffle(pixels, self.patch)))
         for level in self.down:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
@@ -217,7 +226,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """[B, z_channels, h, w] -> [B, C, H, W]."""
-        x = self.mid(self.conv_in(z))
+        x = self.mid(hold(self.conv_in(z)))
         for index in reversed(range(len(self.up))):
             x = self.up[index](x)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)

@@ -22,6 +22,7 @@ from emu_embodied.files import write_atomically, write_json
 from emu_embodied.models.autoencoder import Decoder, Encoder, IBQConfig
 from emu_embodied.models.checkpoints import compare_shapes, read_config, read_folder_shapes
 from emu_embodied.models.kmeans import far_apart, refine, to_directions
+from emu_embodied.models.strips import Strips, whole
 from emu_embodied.require import require
 
 MODEL_TYPE = "emu_embodied_ibq"
@@ -69,7 +70,9 @@ class IBQ(nn.Module):
     """
 
     chunk_pixels = 1 << 20
-    """Pixels encoded or decoded at once; bounds the memory of large batches."""
+    """Pixels encoded or decoded at once; bounds memory. A larger batch goes through in parts; an image that is larger
+    by itself in strips of rows of about so many pixels: the same codes for about 1.5 times the arithmetic, and memory
+    for one activation of ``ch`` x H x W and a few strips [pixels]."""
     commitment = 0.25
     """Weight of pulling code vectors towards encoder outputs (beta of VQ-VAE, as released)."""
     entropy_temperature = 0.01
@@ -95,18 +98,30 @@ class IBQ(nn.Module):
         Raises:
             ValueError: if a side is no multiple of ``config.cell``.
         """
-        cell = self.config.cell
-        if pixels.dim() != 4 or pixels.shape[2] % cell or pixels.shape[3] % cell or 0 in pixels.shape[2:]:
+        cell, channels = self.config.cell, self.config.in_channels
+        if (
+            pixels.dim() != 4
+            or pixels.shape[1] != channels
+            or any(side % cell or not side for side in pixels.shape[2:])
+        ):
             raise ValueError(
-                f"pixels of shape {tuple(pixels.shape)}: expected [B, {self.config.in_channels}, H, W] with H and W "
-                f"multiples of {cell}, the side of one code's cell; resize or pad the frames"
+                f"pixels of shape {tuple(pixels.shape)}: expected [B, {channels}, H, W] with H and W multiples of "
+                f"{cell}, the side of one code's cell, and at least one cell; resize or pad the frames"
             )
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return self.quant_conv(self.encoder(pixels)).permute(0, 2, 3, 1)
+        encoded = self.encoder(self._strips(pixels, pixels.shape[2:].numel()))
+        return whole(self.quant_conv(encoded)).permute(0, 2, 3, 1)
 
     def paint(self, vectors: torch.Tensor) -> torch.Tensor:
         """Decoder: code vectors [B, h, w, D] -> pixels [B, C, H, W], about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
+        z = self.post_quant_conv(vectors.permute(0, 3, 1, 2))
+        return whole(self.decoder(self._strips(z, z.shape[2:].numel() * self.config.cell**2)))
+
+    def _strips(self, x: torch.Tensor, pixels: int) -> Any:
+        """What the autoencoder reads: ``x`` itself, or strips of it if it stands for too many pixels."""
+        if pixels <= self.chunk_pixels or torch.is_grad_enabled():
+            return x
+        return Strips.of(x, self.chunk_pixels // self.config.patch**2 * self.config.ch)
 
     def plain(self, pixels: torch.Tensor) -> torch.Tensor:
         """Reconstruct [B, C, H, W] without quantisation, from the directions of the encoder's outputs alone.

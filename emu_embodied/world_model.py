@@ -260,7 +260,10 @@ class WorldModel:
         num_plans, horizon = actions_SHKA.shape[:2]
         actions_SHKA = actions_SHKA.to(self.device, torch.float32)
         states: list[StateTokens] = []
-        proprio, reward, success, fine = [], [], [], []
+        proprio: list[torch.Tensor] = []
+        reward: list[torch.Tensor] = []
+        success: list[torch.Tensor] = []
+        fine: list[torch.Tensor] = []
         num_states = len(belief.history)
         cache = self._branches(num_plans, belief.cache)
         current = StateTokens(belief.tokens_N, self.proprio.encode(belief.proprio_P)).expand(num_plans)

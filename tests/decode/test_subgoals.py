@@ -92,12 +92,13 @@ def test_sequential_decoding_takes_what_training_finds_likeliest(world, going_on
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("weight", "seed"), [(1.0, 0), (4.0, 1)])
-def test_parallel_decoding_reads_keyframes_as_noisy_copies_are_trained(world, going_on, weight, seed):
+@pytest.mark.parametrize(("name", "weight", "seed"), [("uniform", 1.0, 0), ("state_coupled", 4.0, 1)])
+def test_parallel_decoding_reads_keyframes_as_noisy_copies_are_trained(going_on, name, weight, seed):
+    world = tiny.make_world(subgoals=2, paths=(name,))
     with_end(world, weight)
     found, batch, window = as_window(world, 2, seed)
     noise = seeded(seed)
-    path, sources = world.path("uniform"), []
+    path, sources = world.path(name), []
     for k in range(2):
         before = StateTokens(window.before.codes[:, k], window.before.proprio[:, k])
         sources.append(path.source(before, noise))

@@ -1,6 +1,6 @@
 """Tokens per second of the backbone against transformers' Qwen3 ``generate``: same weights, same tokens, one run.
 
-python -m emu_embodied.experiments.bench_backbone --json results/bench_backbone.json
+python -m emu_embodied.experiments.bench_backbone --json experiments/results/backbone.json
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import tyro
+from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from emu_embodied.files import write_json
@@ -28,8 +30,8 @@ Generate = Callable[[torch.Tensor, int], torch.Tensor]
 class BackboneBench:
     """What to measure."""
 
-    presets: str = "nano,small"
-    """Sizes, with commas between."""
+    presets: str = "nano,small,base:4"
+    """Sizes, with commas between; ``name:N`` is the first N layers of one."""
     batches: str = "1,8"
     """Batch sizes, with commas between [sequences]."""
     prompt: int = 256
@@ -37,7 +39,8 @@ class BackboneBench:
     new: int = 64
     """Tokens decoded behind it [tokens]."""
     repeats: int = 5
-    """Measurements of each kind, taken in turns; the fastest counts, as whatever else runs can only slow one down."""
+    """Measurements of each kind, taken in turns; the fastest counts, as whatever else runs can only slow one down. On
+    one CPU thread the time is that of the CPU, so that waiting for others does not count."""
     threads: int = 1
     """CPU threads [threads]."""
     device: str = "cpu"
@@ -60,6 +63,8 @@ class Row:
     """New tokens per second, the prompt's time not counted [tokens/s]."""
     ours_is_faster: float
     """Our decoding rate over this one."""
+    peak_memory: float
+    """Weights and the most that was allocated beside them while reading the prompt and decoding, over the weights."""
 
 
 def ours(model: EmuForCausalLM) -> Generate:
@@ -101,12 +106,14 @@ def build(name: str, device: str) -> tuple[EmuForCausalLM, Qwen3ForCausalLM]:
     """Our backbone of a preset with random weights, and Qwen3 sharing these very weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = EmuForCausalLM(preset(name).backbone(action_dim=4)).eval().to(device)
+        config = preset(name.partition(":")[0]).backbone(action_dim=4)
+        config.num_hidden_layers = int(name.partition(":")[2] or config.num_hidden_layers)
+        model = EmuForCausalLM(config).eval().to(device)
     return model, qwen3_twin(model)
 
 
 def qwen3_twin(model: EmuForCausalLM) -> Qwen3ForCausalLM:
-    """transformers' Qwen3 of the same shape, sharing the weights."""
+    """Qwen3 of transformers with the same shape, sharing the weights."""
     config, device = model.config, model.device
     with torch.device("meta"):
         twin = Qwen3ForCausalLM(
@@ -154,6 +161,7 @@ def bench(name: str, batch: int, config: BackboneBench) -> list[Row]:
             whole[who] = min(whole[who], _seconds(generate, prompt, config.new))
     prefill = {who: batch * config.prompt / first[who] for who in ways}
     decode = {who: batch * (config.new - 1) / (whole[who] - first[who]) for who in ways}
+    weights = sum(weight.nbytes for weight in twin.parameters())
     return [
         Row(
             preset=name,
@@ -162,23 +170,38 @@ def bench(name: str, batch: int, config: BackboneBench) -> list[Row]:
             prefill_per_second=prefill[who],
             decode_per_second=decode[who],
             ours_is_faster=decode["ours"] / decode[who],
+            peak_memory=1 + _most_allocated(generate, prompt) / weights,
         )
-        for who in ways
+        for who, generate in ways.items()
     ]
 
 
 def _seconds(generate: Generate, prompt: torch.Tensor, new: int) -> float:
-    start = time.perf_counter()
+    clock = time.process_time if prompt.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     generate(prompt, new)
     if prompt.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def _most_allocated(generate: Generate, prompt: torch.Tensor) -> int:
+    """Memory taken beside what is there already, to read a prompt and decode a few tokens [bytes]."""
+    if prompt.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        generate(prompt, 8)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        generate(prompt, 8)
+    events = sorted(profiler.events() or [], key=lambda event: event.time_range.start)
+    return max(accumulate((event.self_cpu_memory_usage for event in events), initial=0))
 
 
 def main(config: BackboneBench) -> None:
     """Measure, print a table, write JSON."""
     torch.set_num_threads(config.threads)
-    print(f"{'preset':8s} {'batch':>5s} {'who':20s} {'prefill/s':>10s} {'decode/s':>9s} {'ours x':>7s}")
+    print(f"{'preset':8s} {'batch':>5s} {'who':20s} {'prefill/s':>10s} {'decode/s':>9s} {'ours x':>7s} {'memory':>7s}")
     rows: list[Row] = []
     for name in config.presets.split(","):
         for batch in config.batches.split(","):
@@ -186,7 +209,8 @@ def main(config: BackboneBench) -> None:
                 rows.append(row)
                 print(
                     f"{row.preset:8s} {row.batch:5d} {row.who:20s} {row.prefill_per_second:10.0f} "
-                    f"{row.decode_per_second:9.0f} {row.ours_is_faster:7.2f}"
+                    f"{row.decode_per_second:9.0f} {row.ours_is_faster:7.2f} {row.peak_memory:7.2f}",
+                    flush=True,
                 )
     if config.json is not None:
         write_json(config.json, {"rows": [asdict(row) for row in rows], "meta": meta_dict(make_meta(seed=0))})

@@ -167,9 +167,9 @@ class EmuAttention(JointLinear):
         batch, tokens, _ = x.shape
         heads, groups, cache = self.heads, self.groups, call.cache
         states = project(x).view(batch, tokens, -1, self.head_dim)
-        rotated = _rotate(norm(states.narrow(2, 0, heads + groups), call.eps), call.cos, call.sin)
-        query, key = rotated.split_with_sizes([heads, groups], 2)
-        key, value = key.transpose(1, 2), states.narrow(2, heads + groups, groups).transpose(1, 2)
+        turned, value = states.split_with_sizes([heads + groups, groups], 2)
+        query, key = _rotate(norm(turned, call.eps), call.cos, call.sin).split_with_sizes([heads, groups], 2)
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
         if call.first:
             query, tokens = query[:, call.first :], tokens - call.first
         dropout = self.dropout if self.training else 0.0
@@ -178,7 +178,7 @@ class EmuAttention(JointLinear):
         else:
             prefix = None
             if cache is not None:
-                prefix = cache.shared(self.layer, call.prefix_span)
+                prefix = cache.shared(self.layer, call.prefix_span) if call.prefix_span else None
                 key, value = cache.write(self.layer, key, value, call.span)
             mixed = attend(query, key, value, call.bias, call.causal, prefix, call.prefix_bias, dropout)
         return out(mixed.reshape(batch, tokens, -1))
@@ -241,6 +241,13 @@ class EmuLayer(Bound, GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         """[B, T, D] -> [B, T - call.first, D]."""
+        return self._run(x, call)
+
+    def bare(self) -> Callable[..., torch.Tensor]:
+        """What ``forward`` is without checkpointing."""
+        return self._run
+
+    def _run(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         calls = self.calls
         before, attention, between, mlp = self.bind() if calls is None or torch.is_grad_enabled() else calls
         dropout = self.dropout if self.training else 0.0

@@ -88,6 +88,8 @@ class _WorldStage(_Stage):
 
     subgoal_share: float | None = None
     """Share of a batch's windows from which subtasks and their keyframes are learned; 0 leaves them out."""
+    subgoal_steps: int | None = None
+    """Subtasks in such a window; fewer make more windows in the same time."""
 
     def _training(self) -> WorldTraining:
         from emu_embodied.train.pretrain import WorldTraining
@@ -98,6 +100,7 @@ class _WorldStage(_Stage):
             loop=self._loop(default.loop),
             batch=default.batch if self.batch is None else self.batch,
             subgoal_share=default.subgoal_share if self.subgoal_share is None else self.subgoal_share,
+            subgoal_steps=default.subgoal_steps if self.subgoal_steps is None else self.subgoal_steps,
         )
 
 

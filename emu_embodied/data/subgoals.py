@@ -70,7 +70,8 @@ class SubgoalIndex:
         keyframe_M: int64 [M], row of the keyframe of that subtask; the row itself where there is none.
         starts_W: int64 rows that windows start from, all whose sentence is known.
         episode_W: int64, their episodes.
-        weight_W: float32, how often they are drawn: every environment alike, ``DONE_SHARE`` of them done.
+        weight_W: float32, how often they are drawn: every environment alike, ``DONE_SHARE`` of them done, the others in
+            proportion to the blocks that are left to their keyframe.
     """
 
     tokens: TokenDataset
@@ -104,7 +105,7 @@ class SubgoalIndex:
                 starts.append(first + state)
                 episodes.append(episode)
         starts_W, episode_W = torch.tensor(starts, dtype=torch.long), torch.tensor(episodes, dtype=torch.long)
-        weight_W = _weights(tokens.env_E[episode_W], follows_M[starts_W] == DONE)
+        weight_W = _weights(tokens.env_E[episode_W], keyframe_M[starts_W] - starts_W)
         return cls(tokens, tuple(numbers), follows_M, keyframe_M, starts_W, episode_W, weight_W)
 
     def sample(
@@ -185,10 +186,16 @@ def segments(phases: Sequence[str], success_T: Sequence[bool], order: Sequence[s
     return found
 
 
-def _weights(env_W: torch.Tensor, done_W: torch.Tensor) -> torch.Tensor:
+def _weights(env_W: torch.Tensor, blocks_W: torch.Tensor) -> torch.Tensor:
+    """How often windows are drawn whose keyframe is ``blocks_W`` blocks away; 0 blocks: nothing is left to do.
+
+    Proportional to the blocks: near its keyframe an arm in motion shows where it is going, and nothing has to be looked
+    for; far from it the instruction and the picture decide.
+    """
     weight_W = torch.zeros(len(env_W))
     for env in env_W.unique():
         for done, share in ((True, DONE_SHARE), (False, 1 - DONE_SHARE)):
-            chosen_W = (env_W == env) & (done_W == done)
-            weight_W[chosen_W] = share / max(1, int(chosen_W.sum()))
+            chosen_W = (env_W == env) & ((blocks_W == 0) == done)
+            parts = blocks_W[chosen_W].float().clamp(min=1)
+            weight_W[chosen_W] = share * parts / parts.sum().clamp(min=1)
     return weight_W

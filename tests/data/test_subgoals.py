@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emu_embodied.data.batches import TokenDataset
-from emu_embodied.data.subgoals import DONE, DONE_SHARE, UNKNOWN, SubgoalIndex, segments
+from emu_embodied.data.subgoals import DONE, DONE_SHARE, UNKNOWN, SubgoalIndex, _weights, segments
 
 ORDER = ("retreat", "approach", "push")
 SENTENCES = {phase: f"{phase} it" for phase in ORDER}
@@ -132,3 +132,10 @@ def test_same_seed_same_windows() -> None:
     first, again, other = (draw(index, 16, 2, seed) for seed in (1, 1, 2))
     assert torch.equal(first.codes_BTN, again.codes_BTN) and torch.equal(first.follows_BT, again.follows_BT)
     assert not torch.equal(first.codes_BTN, other.codes_BTN)
+
+
+def test_windows_with_further_to_go_are_drawn_more_often() -> None:
+    """In proportion to the blocks left; each environment and what is done keep their shares."""
+    weight_W = _weights(torch.tensor([0, 0, 0, 1, 1]), torch.tensor([3, 1, 0, 2, 2]))
+    going = 1 - DONE_SHARE
+    torch.testing.assert_close(weight_W, torch.tensor([0.75 * going, 0.25 * going, DONE_SHARE, going / 2, going / 2]))

@@ -134,7 +134,7 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def devices(self) -> list[torch.device]:
         """Where each layer computes: where its weights are, or where they are brought to (``device_map``)."""
-        return [_computes_on(layer, layer.input_layernorm.weight) for layer in self.model.layers]
+        return [_computes_on(layer, next(layer.parameters())) for layer in self.model.layers]
 
     @property
     def entry(self) -> torch.device:

@@ -34,8 +34,9 @@ class SubgoalSettings:
     """A keyframe's picture is reached within this distance of code vectors, see ``GoalImage``; in [0, 4]."""
     progress: float = 0.2
     """Share of the way to a keyframe that counts as having come nearer to it."""
-    proprio_weight: float = 2.0
-    """Of a keyframe's place beside its picture, in what plans are searched for."""
+    proprio_weight: float = 10.0
+    """Of a keyframe's place beside its picture, in what plans are searched for. More than of a true goal: an imagined
+    picture is rougher than an imagined place, and the search stops where its noise does."""
 
     def __post_init__(self) -> None:
         """Check ranges.

@@ -80,20 +80,26 @@ class JointLinear(Bound):
 
     def joint(self) -> torch.Tensor | None:
         """One view of all weights, where the product with it does what calling the maps would do; else None."""
-        maps = [self._modules[name] for name in self.joint_names]
-        if not all(isinstance(call := cheapest(module), partial) and call.func is F.linear for module in maps):
+        calls = [cheapest(module) for module in self._maps()]
+        if not all(isinstance(call, partial) and call.func is F.linear for call in calls):
             return None
-        return _adjacent([module.weight for module in maps])
+        return _adjacent(self._weights())
 
     def join(self) -> None:
         """Lay the weights one behind another, if they can be."""
         with torch.inference_mode(False), torch.no_grad():  # or the weights could never be trained again
-            maps = [self._modules[name] for name in self.joint_names]
-            weights = [module._parameters.get("weight") for module in maps]
-            if all(type(module) is nn.Linear for module in maps) and _alike(weights) and _adjacent(weights) is None:
+            weights = self._weights()
+            plain = all(type(module) is nn.Linear for module in self._maps())
+            if plain and _alike(weights) and _adjacent(weights) is None:
                 parts = torch.cat([weight.detach() for weight in weights]).split([len(weight) for weight in weights])
                 for weight, part in zip(weights, parts, strict=True):
                     weight.data = part
+
+    def _maps(self) -> list[nn.Module]:
+        return [self.get_submodule(name) for name in self.joint_names]
+
+    def _weights(self) -> list[Any]:
+        return [module._parameters.get("weight") for module in self._maps()]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

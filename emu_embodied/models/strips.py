@@ -72,7 +72,8 @@ class Strips:
         """
         if self.held is not None:
             return self.held
-        out, late = over, None
+        out: torch.Tensor | None = over
+        late: tuple[int, int, torch.Tensor] | None = None
         for start, stop in self.spans():
             strip = self.rows(start, stop)
             if out is None:
@@ -124,9 +125,9 @@ def _conv2d(
     bias: torch.Tensor | None,
     stride: tuple[int, int],
     padding: tuple[int, int],
-    *_: Any,
+    *_dilation_and_groups: Any,
 ) -> Strips:
-    batch, _, height, width = x.shape
+    batch, height, width = x.shape[0], *x.shape[2:]
     size, step, pad = weight.shape[2], stride[0], padding[0]
     out_height, out_width = ((side + 2 * pad - size) // step + 1 for side in (height, width))
 

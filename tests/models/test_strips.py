@@ -30,14 +30,15 @@ def build(config: IBQConfig) -> IBQ:
         for name, weight in ibq.named_parameters():
             if "norm" in name:  # ones and zeros would hide a norm that forgets them
                 torch.nn.init.uniform_(weight, 0.5, 1.5)
-    return ibq
+    return ibq.double()  # in float32 both ways are about equally far from this
 
 
 MODELS = {"deep": build(DEEP), "folded": build(FOLDED)}
 
 
 def pixels(batch: int, height: int, width: int) -> torch.Tensor:
-    drawn = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height + 97 * width))
+    generator = torch.Generator().manual_seed(height + 97 * width)
+    drawn = torch.randn(batch, 3, height, width, generator=generator, dtype=torch.float64)
     # Brightness runs down the image, so that a strip's own statistics are nothing like the whole's.
     return (0.3 * drawn + torch.linspace(-1, 1, height)[:, None]).clamp(-1, 1)
 
@@ -66,15 +67,9 @@ def _small_strips(monkeypatch):
 )
 def test_strips_equal_the_whole_image(name, batch, height, width, chunk):
     frames = pixels(batch, 4 * height, 4 * width)
-    vectors, codes, painted = run(MODELS[name], frames, 1 << 30)
-    found, found_codes, found_painted = run(MODELS[name], frames, chunk)
-    torch.testing.assert_close(found, vectors, atol=1e-4, rtol=1e-4)
-    best = (vectors @ MODELS[name].codebook.T).topk(2).values
-    sure = best[..., 0] - best[..., 1] > 1e-3
-    assert torch.equal(found_codes[sure], codes[sure])
-    with torch.no_grad():
-        torch.testing.assert_close(MODELS[name].decode(codes), painted, atol=1e-4, rtol=1e-4)
-    assert found_painted.shape == frames.shape
+    whole, found = run(MODELS[name], frames, 1 << 30), run(MODELS[name], frames, chunk)
+    for part, expected in zip(found, whole, strict=True):
+        torch.testing.assert_close(part, expected, atol=1e-9, rtol=1e-9)
 
 
 class Largest(TorchDispatchMode):
@@ -120,7 +115,7 @@ def test_strips_equal_the_official_code(chunk):
 
 def test_training_ignores_the_chunk():
     ibq, frames = build(DEEP), pixels(1, 16, 16)
-    expected = ibq(frames).reconstruction
+    expected = ibq(frames).reconstruction.detach()
     ibq.chunk_pixels = 16
     torch.testing.assert_close(ibq(frames).reconstruction, expected)
     ibq(frames).reconstruction.square().mean().backward()
@@ -129,7 +124,7 @@ def test_training_ignores_the_chunk():
 
 def test_what_is_computed_from_an_activation_may_be_written_over_it():
     x = pixels(1, 24, 4)
-    weight = torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     strip = Strips.of(x.clone(), 3 * 4 * 4)
     around = torch.nn.functional.conv2d(strip, weight, None, (1, 1), (1, 1))
     found = strips.hold(around + strip, over=strip)

@@ -29,6 +29,8 @@ def cheapest(module: nn.Module) -> Call:
         return module
     if type(module) is nn.Linear:
         return partial(F.linear, weight=module.weight, bias=module.bias)
+    if type(module) is nn.Embedding and module.max_norm is None:
+        return partial(F.embedding, weight=module.weight)
     return module.bare() if isinstance(module, Bare) else module
 
 

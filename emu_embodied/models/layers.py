@@ -218,7 +218,8 @@ class EmuMLP(JointLinear):
 
 
 def _halves(x: torch.Tensor, weight: torch.Tensor) -> Sequence[torch.Tensor]:
-    return F.linear(x, weight).chunk(2, -1)
+    half = weight.shape[0] // 2
+    return F.linear(x, weight).split_with_sizes([half, half], -1)
 
 
 class EmuLayer(Bound, GradientCheckpointingLayer):

@@ -143,7 +143,8 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [...] -> embeddings [..., D]."""
-        return self.model.embed_tokens(tokens)
+        embedded: torch.Tensor = cheapest(self.model.embed_tokens)(tokens)
+        return embedded
 
     def core(
         self,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache
+from typing import cast
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -28,7 +29,7 @@ def attend_with_copies_flex(
     Returns:
         [S, L, H, D].
     """
-    run: Callable[..., torch.Tensor] = _compiled() if query.is_cuda else flex_attention
+    run = _compiled() if query.is_cuda else cast("Callable[..., torch.Tensor]", flex_attention)
     mask = block_mask(copies, str(query.device))
     return run(query.transpose(1, 2), key, value, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
@@ -52,5 +53,4 @@ def block_mask(copies: NoisyCopies, device: str) -> BlockMask:
 
 @cache
 def _compiled() -> Callable[..., torch.Tensor]:
-    compiled: Callable[..., torch.Tensor] = torch.compile(flex_attention, dynamic=False)
-    return compiled
+    return cast("Callable[..., torch.Tensor]", torch.compile(flex_attention, dynamic=False))

@@ -71,7 +71,7 @@ class IBQ(nn.Module):
 
     chunk_pixels = 1 << 20
     """Pixels encoded or decoded at once; bounds memory. A larger batch goes through in parts; an image that is larger
-    by itself in strips of rows of about so many pixels: the same codes for about 1.5 times the arithmetic, and memory
+    by itself in strips of rows of about so many pixels: the same codes in about twice the time, and memory
     for one activation of ``ch`` x H x W and a few strips [pixels]."""
     commitment = 0.25
     """Weight of pulling code vectors towards encoder outputs (beta of VQ-VAE, as released)."""

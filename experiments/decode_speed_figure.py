@@ -44,6 +44,9 @@ def draw_speed(rows: Sequence[dict[str, Any]], title: str, stem: Path) -> list[P
                 floor = [row["batch"] / row["floor_arithmetic_s"] for row in line]
                 axes.plot(batches, floor, ":", color=colour, linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel="candidates", ylabel="imagined states/s")
+        ticks = sorted({row["batch"] for row in here})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
         axes.set_title(f"{size}, {here[0]['tokens_per_frame']} tokens a state", fontsize=10, loc="left")
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)

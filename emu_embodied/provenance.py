@@ -46,7 +46,9 @@ def meta_dict(meta: Meta) -> dict[str, Any]:
 
 def current_command() -> str:
     """This process's command line as one could type it, without the folder of the program."""
-    return shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]])
+    name = Path(sys.argv[0]).name or "python"
+    # `python -m emu_embodied.cli` is the installed command by another name.
+    return shlex.join(["emu-embodied" if name == "cli.py" else name, *sys.argv[1:]])
 
 
 def package_versions() -> dict[str, str]:

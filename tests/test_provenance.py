@@ -27,8 +27,9 @@ def test_meta_is_json_and_complete() -> None:
     assert again["hardware"]["cores"] >= 1
 
 
-def test_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/emu-embodied", "collect", "--out", "my data"])
+@pytest.mark.parametrize("program", ["/somewhere/bin/emu-embodied", "/somewhere/emu_embodied/cli.py"])
+def test_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    monkeypatch.setattr(sys, "argv", [program, "collect", "--out", "my data"])
     assert current_command() == make_meta().command == "emu-embodied collect --out 'my data'"
 
 

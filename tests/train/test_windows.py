@@ -104,14 +104,15 @@ def test_noisy_copies_are_trained_as_the_parallel_decoder_reads_them(world, batc
     trained = noisy_logits(world, window, noisy).noisy
     stream = history(world, batch, row, t)
     condition = world._act(batch.actions_BTKA[row, t - 1 : t])[1]
-    cache = world._prefix(stream[:, :1])
+    told = world.layout.text_tokens
+    cache = world._prefix(stream[:, :told])
     v = world.layout.vocabulary
     given = StatePath(
         "given", Given(noisy.codes[row, t - 1], v.vision.size), Given(noisy.proprio[row, t - 1], v.state.size)
     )
     decoder = ParallelDecoder(world.backbone, world.layout, given)
     current = StateTokens(batch.codes_BTN[row, t - 1 : t], world.proprio.encode(batch.proprio_BTP[row, t - 1 : t]))
-    decoded = decoder.decode(world._branches(1, cache), stream[:, 1:], condition, current, None)
+    decoded = decoder.decode(world._branches(1, cache), stream[:, told:], condition, current, None)
     assert_same(decoded.logits, one(trained, row, t))
 
 
@@ -133,10 +134,11 @@ def test_the_clean_stream_is_trained_as_the_sequential_decoder_reads_it(world, b
     row, t = 1, 2
     stream = history(world, batch, row, t)
     condition = world._act(batch.actions_BTKA[row, t - 1 : t])[1]
-    cache = world._prefix(stream[:, :1])
+    told = world.layout.text_tokens
+    cache = world._prefix(stream[:, :told])
     decoder = SequentialDecoder(world.backbone, world.layout)
     current = StateTokens(batch.codes_BTN[row, t - 1 : t], world.proprio.encode(batch.proprio_BTP[row, t - 1 : t]))
-    decoded = decoder.decode(world._branches(1, cache), stream[:, 1:], condition, current, None)
+    decoded = decoder.decode(world._branches(1, cache), stream[:, told:], condition, current, None)
     codes, proprio = batch.codes_BTN.clone(), batch.proprio_BTP.clone()
     codes[row, t], proprio[row, t] = decoded.codes_SN[0], world.proprio.decode(decoded.proprio_SP[0])
     window = window_tokens(world, replace(batch, codes_BTN=codes, proprio_BTP=proprio), 0.0, generator())

@@ -59,8 +59,8 @@ def write_vision(folder: Path, seed: int = 0) -> None:
 
 
 def write_backbone(folder: Path, seed: int = 0, shard: str = "8MB", **changes: int | float) -> EmuForCausalLM:
-    """``config.json`` and sharded safetensors; random weights, but for one inclination: where text may stand it begins a
-    picture. Returns the model.
+    """``config.json`` and sharded safetensors; random weights, but for one inclination: where text may stand it begins
+    a picture. Returns the model.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -188,7 +188,7 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("tokens that are only seen belong into a cache: first needs one")
         if cache is None or cache.length == 0:
             for layer in self.model.layers:
-                layer.bind()
+                cast(EmuLayer, layer).bind()
         call = self._call(embeds, positions, mask, cache, first)
         dropout = self.config.attention_dropout if self.training else 0.0
         hidden = F.dropout(embeds, dropout) if dropout else embeds

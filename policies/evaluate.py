@@ -249,6 +249,8 @@ def _settings(spec: PolicySpec, seed: int) -> dict[str, Any]:
             settings["subgoals"] = asdict(spec.subgoals)
         if spec.name != "shooting":
             settings["planner"] = spec.planner
+    if spec.name == "token":
+        settings["acting"] = asdict(spec.acting)
     if spec.needs_model:
         settings["weights"] = weights_hash(spec.checkpoint)
     return settings

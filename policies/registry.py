@@ -17,11 +17,13 @@ from emu_embodied.policies.episode import EpisodeSimulator
 from emu_embodied.policies.planning import DynamicsSource, GoalOfEpisode, ImaginedSource, PlanningPolicy, TrueSource
 from emu_embodied.policies.random import RandomPolicy
 from emu_embodied.policies.subgoals import SubgoalPolicy
+from emu_embodied.policies.token import ActingSettings, TokenPolicy
 from emu_embodied.protocols import Objective, Policy, SubgoalModel, WorldModel
 
 POLICIES: dict[str, str] = {
     "random": "uniformly random blocks",
     "scripted": "the task's state machine, which sees the true state",
+    "token": "the backbone itself, which emits action tokens",
     "shooting": "random shooting in imagination: the same candidates to spend, no refinement",
     "imagined": "a planner in imagination",
     "true": "the same planner in the true simulator: what a perfect model would give",
@@ -66,7 +68,7 @@ class PolicySpec:
     name: str = "imagined"
     """One of ``POLICIES``."""
     checkpoint: str = "nano"
-    """World model of the imagining policies: a shipped name or a folder."""
+    """World model of the imagining policies and of ``token``: a shipped name or a folder."""
     planner: str = "cem"
     """Planner of ``imagined`` and ``true``: cem, mppi or shooting."""
     objective: str = "reward"
@@ -75,6 +77,8 @@ class PolicySpec:
     """What a search may cost."""
     subgoals: SubgoalSettings = field(default_factory=SubgoalSettings)
     """How ``subgoals`` and ``true_subgoals`` go from one subtask to the next."""
+    acting: ActingSettings = field(default_factory=ActingSettings)
+    """How ``token`` decides."""
     device: str = "cpu"
     """Device of the world model."""
 
@@ -87,7 +91,7 @@ class PolicySpec:
     @property
     def plans(self) -> bool:
         """Whether it searches."""
-        return self.name not in ("random", "scripted")
+        return self.name not in ("random", "scripted", "token")
 
     @property
     def imagines(self) -> bool:
@@ -97,7 +101,7 @@ class PolicySpec:
     @property
     def looks(self) -> bool:
         """Whether it looks at frames."""
-        return self.imagines or self.names_subtasks
+        return self.imagines or self.names_subtasks or self.name == "token"
 
     @property
     def names_subtasks(self) -> bool:
@@ -106,7 +110,7 @@ class PolicySpec:
 
     @property
     def needs_model(self) -> bool:
-        """Whether it needs a world model: to imagine, or to measure how far a frame is from the goal's."""
+        """Whether it needs a world model: to act, to imagine, or to measure how far a frame is from the goal's."""
         return self.looks or (self.plans and self.objective == "goal")
 
     def build(self, simulator: EpisodeSimulator, seed: int) -> Policy:
@@ -137,7 +141,8 @@ def make_policy(
         spec: which policy; its checkpoint is not looked at.
         simulator: where it will act; has ``block`` and ``action_space``.
         seed: of all its random numbers.
-        world_model: what ``shooting`` and ``imagined`` imagine with, and what the ``goal`` objective measures with.
+        world_model: what acts as ``token``, what ``shooting`` and ``imagined`` imagine with, and what the ``goal``
+            objective measures with.
         subgoal_model: what ``subgoals`` and ``true_subgoals`` are told by; the world model itself if left out.
         record: keep what a planning policy imagined (see ``PlanningPolicy``).
 
@@ -158,9 +163,16 @@ def make_policy(
             raise ValueError(f"there is no scripted expert for {simulator.env_id}; try another policy")
         return make_behaviour("expert", simulator, np.random.default_rng([seed, 2]))
     if spec.needs_model and world_model is None:
-        raise ValueError(
-            f"the {spec.name} policy with objective {spec.objective} needs a world model: give a checkpoint"
-        )
+        how = f" with objective {spec.objective}" if spec.plans else ""
+        raise ValueError(f"the {spec.name} policy{how} needs a world model: give a checkpoint")
+    if spec.name == "token":
+        from emu_embodied.acting import Actor  # slow to import, as below
+        from emu_embodied.world_model import WorldModel as TrainedWorldModel
+
+        if not isinstance(world_model, TrainedWorldModel):
+            raise ValueError(f"{type(world_model).__name__} emits no action tokens: give a checkpoint")
+        actor = Actor(world_model, context_states=spec.acting.context_states)
+        return TokenPolicy(actor, temperature=spec.acting.temperature, seed=seed)
     objective: Objective
     source: DynamicsSource
     if spec.names_subtasks and world_model is not None:

@@ -19,7 +19,7 @@ from emu_embodied.world_model import WorldModel
 
 @dataclass(frozen=True, slots=True)
 class Situations:
-    """What B decisions rest on: the latest states that the policy looks at, as int16 tokens (int32 where ids are large).
+    """What B decisions rest on: the latest states that the policy looks at, as int16 tokens (or int32: larger ids).
 
     All rows have room for T states; of a younger episode only the last ``length`` are real, and zeros stand before.
 

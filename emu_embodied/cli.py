@@ -22,6 +22,7 @@ from tyro.conf import subcommand
 
 from emu_embodied.cli_explore import Walk
 from emu_embodied.cli_generate import Generate
+from emu_embodied.cli_inspect import Inspect
 from emu_embodied.cli_plan import Bench, Plan, named_envs
 from emu_embodied.cli_train import Device, Train, TrainDida, TrainTokenizer, TrainWorld
 
@@ -241,6 +242,7 @@ _SUBCOMMANDS: dict[str, Any] = {
     "plan": Plan,
     "bench": Bench,
     "imagine": Imagine,
+    "inspect": Inspect,
     "generate": Generate,
     "explore": Explore,
 }
@@ -251,6 +253,7 @@ Command = (
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Imagine, subcommand("imagine")]
+    | Annotated[Inspect, subcommand("inspect")]
     | Annotated[Generate, subcommand("generate")]
     | Annotated[Explore, subcommand("explore")]
 )

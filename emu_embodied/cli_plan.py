@@ -33,7 +33,7 @@ class Search:
 
     checkpoint: str = "nano"
     """A shipped name or a checkpoint folder."""
-    planner: Literal["cem", "mppi", "shooting"] = "cem"
+    planner: Literal["cem", "icem", "mppi", "shooting"] = "cem"
     """Solver of the imagined and true policies."""
     objective: str = "goal"
     """What plans are searched for: goal (the goal picture and place), or what the model predicts of the instruction:

@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 
-from emu_embodied.planners.sampling import PlanSpace, Search, SearchConfig, draw, lowest
+from emu_embodied.planners.proposals import Proposals
+from emu_embodied.planners.sampling import PlanSpace, Search, SearchConfig, lowest
 from emu_embodied.protocols import Evaluate
 from emu_embodied.records import Plan
 
@@ -45,16 +46,20 @@ class MPPI:
         self.space = space
         self.config = config or MPPIConfig()
 
-    def plan(self, evaluate: Evaluate, warm_start: torch.Tensor | None, generator: torch.Generator) -> Plan:
-        """Search from a warm start float32 [H, K, A] (or zeros); see ``emu_embodied.protocols.Planner``."""
+    def plan(
+        self,
+        evaluate: Evaluate,
+        warm_start: torch.Tensor | None,
+        generator: torch.Generator,
+        proposals: Proposals | None = None,
+    ) -> Plan:
+        """Search from a warm start (or zeros); see ``emu_embodied.planners.proposals.ProposedPlanner``."""
         config = self.config
-        search = Search(self.space, evaluate, warm_start, generator.device)
+        search = Search(self.space, config, evaluate, warm_start, generator, proposals)
         mean_MA = search.start_MA
         std_MA = torch.full_like(mean_MA, config.init_std)
         for _ in range(config.iterations):
-            knots_SMA = draw(
-                mean_MA, std_MA, samples=config.samples, correlation=config.correlation, generator=generator
-            )
+            knots_SMA = search.draw(mean_MA, std_MA, config.samples)
             cost_S = search.score(knots_SMA)
             elite_S = lowest(cost_S, config.elites)
             elites_SMA, elite_cost_S = knots_SMA[elite_S], cost_S[elite_S]

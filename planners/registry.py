@@ -6,22 +6,24 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from emu_embodied.planners.cem import CEM, CEMConfig
+from emu_embodied.planners.cem import CEM, CEMConfig, ICEMConfig
 from emu_embodied.planners.mppi import MPPI, MPPIConfig
 from emu_embodied.planners.objectives import PredictedReward, PredictedSuccess, WeightedSum
+from emu_embodied.planners.proposals import ProposedPlanner
 from emu_embodied.planners.sampling import PlanSpace, SearchConfig
 from emu_embodied.planners.shooting import RandomShooting
-from emu_embodied.protocols import Objective, Planner
+from emu_embodied.protocols import Objective
 
 PLANNERS: dict[str, tuple[type[SearchConfig], type[Any]]] = {
     "cem": (CEMConfig, CEM),
+    "icem": (ICEMConfig, CEM),
     "mppi": (MPPIConfig, MPPI),
     "shooting": (SearchConfig, RandomShooting),
 }
 """Name -> (config class, planner class); every planner is made as ``planner(space, config)``."""
 
 
-def make_planner(name: str, space: PlanSpace, **settings: Any) -> Planner:
+def make_planner(name: str, space: PlanSpace, **settings: Any) -> ProposedPlanner:
     """Make a planner by name, with settings of its config class.
 
     Raises:

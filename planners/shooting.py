@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from emu_embodied.planners.sampling import PlanSpace, Search, SearchConfig, draw
+from emu_embodied.planners.proposals import Proposals
+from emu_embodied.planners.sampling import PlanSpace, Search, SearchConfig
 from emu_embodied.protocols import Evaluate
 from emu_embodied.records import Plan
 
@@ -19,19 +20,17 @@ class RandomShooting:
         self.space = space
         self.config = config or SearchConfig()
 
-    def plan(self, evaluate: Evaluate, warm_start: torch.Tensor | None, generator: torch.Generator) -> Plan:
-        """Search beside a warm start float32 [H, K, A] (or zeros); see ``emu_embodied.protocols.Planner``."""
-        search = Search(self.space, evaluate, warm_start, generator.device)
+    def plan(
+        self,
+        evaluate: Evaluate,
+        warm_start: torch.Tensor | None,
+        generator: torch.Generator,
+        proposals: Proposals | None = None,
+    ) -> Plan:
+        """Search beside a warm start (or zeros); see ``emu_embodied.planners.proposals.ProposedPlanner``."""
+        search = Search(self.space, self.config, evaluate, warm_start, generator, proposals)
         centre_MA = torch.zeros_like(search.start_MA)
         std_MA = torch.full_like(centre_MA, self.config.init_std)
-        for iteration in range(self.config.iterations):
-            knots_SMA = draw(
-                centre_MA,
-                std_MA,
-                samples=self.config.samples,
-                correlation=self.config.correlation,
-                generator=generator,
-                first_MA=search.start_MA if iteration == 0 else None,
-            )
-            search.score(knots_SMA)
+        for _ in range(self.config.iterations):
+            search.score(search.draw(centre_MA, std_MA, self.config.samples))
         return search.best()

@@ -11,7 +11,7 @@ import torch
 
 from emu_embodied.planners.dynamics import ImaginedDynamics, Tokenize, TrueDynamics, evaluator
 from emu_embodied.planners.objectives import GoalImage, GoalProprio, WeightedSum
-from emu_embodied.planners.sampling import shift
+from emu_embodied.planners.sampling import carry
 from emu_embodied.protocols import Objective, Planner, Simulator, WorldModel
 from emu_embodied.records import Field, Imagination, Observation
 from emu_embodied.viz.trace import Decision, Future
@@ -236,7 +236,7 @@ class PlanningPolicy:
         warm_start = None
         if self.decisions and not self._fresh:
             previous = self.decisions[-1]
-            warm_start = shift(previous.plan.actions_HKA, block - previous.block)
+            warm_start = carry(previous.plan, block - previous.block)
         evaluate = evaluator(dynamics, self.objective, self._model_generator)
         plan = self.planner.plan(evaluate, warm_start, self._search_generator)
         self._fresh = False

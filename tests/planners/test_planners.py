@@ -1,14 +1,17 @@
 """Contracts that every planner in the registry keeps."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emu_embodied.planners.cem import ICEMConfig
 from emu_embodied.planners.dynamics import TrueDynamics, evaluator
 from emu_embodied.planners.objectives import PredictedReward
 from emu_embodied.planners.registry import PLANNERS, make_planner
-from emu_embodied.planners.sampling import PlanSpace, correlated_noise, shift
+from emu_embodied.planners.sampling import PlanSpace, carry, coloured_noise, correlated_noise, shift
 from tests.point_mass import PointMass
 
 SPACE = PlanSpace(horizon=4, block=5, action_dim=3)
@@ -120,20 +123,19 @@ def test_worst_costs_are_never_chosen(planner):
         cost_S[2::4] = -torch.inf
         return cost_S
 
-    samples = planner.config.samples
-    with pytest.warns(RuntimeWarning, match=f"{samples * 3 // 4} of {samples} plan costs are not finite"):
+    with pytest.warns(RuntimeWarning, match=r"\d+ of \d+ plan costs are not finite; taken as worst"):
         plan = planner.plan(broken, None, seeded())
     assert plan.cost == pytest.approx(float(quadratic(plan.actions_HKA[None])[0]), abs=1e-7)
 
 
 @pytest.mark.filterwarnings("ignore:.*plan costs are not finite")
 def test_no_finite_cost_is_an_error(planner):
-    with pytest.raises(ValueError, match="none of the 64 candidate plans has a finite cost"):
+    with pytest.raises(ValueError, match=r"none of the \d+ candidate plans has a finite cost"):
         planner.plan(lambda actions: torch.full((len(actions),), torch.nan), None, seeded())
 
 
 def test_wrong_shapes_are_named(planner):
-    with pytest.raises(ValueError, match="one cost for each of 64 plans"):
+    with pytest.raises(ValueError, match=r"one cost for each of \d+ plans"):
         planner.plan(lambda actions: torch.zeros(len(actions), 1), None, seeded())
     with pytest.raises(ValueError, match=r"warm start must be .*\[4, 5, 3\], got \[3, 5, 3\]"):
         planner.plan(quadratic, torch.zeros(3, 5, 3), seeded())
@@ -161,6 +163,10 @@ def test_unknown_planner_names_the_nearest():
         ({"momentum": 1.0}, "momentum"),
         ({"kept_elites": -1}, "kept_elites"),
         ({"init_std": 0.0}, "init_std"),
+        ({"beta": -0.5}, "beta must not be negative"),
+        ({"carried": -1}, "carried must not be negative"),
+        ({"proposal_share": 1.1}, r"proposal_share must be in \[0, 1\]"),
+        ({"decay": 0.9}, "decay must be at least 1"),
     ],
 )
 def test_bad_settings(settings_, message):
@@ -178,8 +184,7 @@ def test_knots_round_trip(horizon, block, action_dim, seed):
     knots_SMA = torch.rand(3, space.knots, action_dim, generator=seeded(seed)) * 2 - 1
     actions_SHKA = space.expand(knots_SMA)
     assert actions_SHKA.shape == (3, horizon, steps, action_dim)
-    for knots_MA, actions_HKA in zip(knots_SMA, actions_SHKA, strict=True):
-        assert torch.allclose(space.to_knots(actions_HKA), knots_MA, atol=1e-6)
+    assert torch.allclose(space.to_knots(actions_SHKA), knots_SMA, atol=1e-6)
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
@@ -190,9 +195,130 @@ def test_noise_has_unit_variance_and_the_asked_correlation(correlation):
     assert torch.allclose(neighbours, torch.full((5, 2), correlation), atol=0.03)
 
 
-def test_smallest_search(planner):
-    tiny = make_planner(next(n for n, (_, c) in PLANNERS.items() if c is type(planner)), SPACE, samples=1, iterations=1)
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 9), st.floats(0.0, 4.0))
+def test_coloured_noise_has_unit_variance(knots, beta):
+    noise_SMA = coloured_noise(20_000, knots, 2, beta=beta, generator=seeded())
+    assert torch.allclose(noise_SMA.std(dim=0), torch.ones(knots, 2), atol=0.04)
+    assert noise_SMA.mean().abs() < 0.03
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+def test_coloured_noise_has_the_asked_spectrum(beta):
+    """How knots correlate is the Fourier transform of the power, over a series of four times the plan."""
+    frequency = torch.arange(32) / 32
+    power = torch.minimum(frequency, 1 - frequency).clamp_min(1 / 32) ** -beta
+    noise_SMA = coloured_noise(20_000, 8, 1, beta=beta, generator=seeded())
+    for lag in range(1, 8):
+        expected = float((power * torch.cos(2 * torch.pi * frequency * lag)).sum() / power.sum())
+        found = float((noise_SMA[:, lag:] * noise_SMA[:, :-lag]).mean())
+        assert found == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("knots", [2, 5])
+def test_drifting_noise_explores_further(knots):
+    """The sum over a plan, how far a velocity leads, is what colour is for; also over the few knots of blocks."""
+    reach = [coloured_noise(4096, knots, 1, beta=beta, generator=seeded()).sum(1).std() for beta in (0.0, 1.0, 3.0)]
+    assert reach[0] * 1.1 < reach[1] < reach[2] / 1.05
+
+
+@pytest.mark.parametrize("name", sorted(PLANNERS))
+def test_smallest_search(name):
+    tiny = make_planner(name, SPACE, samples=1, iterations=1)
     assert torch.equal(tiny.plan(quadratic, None, seeded()).actions_HKA, torch.zeros(4, 5, 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 8), st.floats(1.0, 4.0))
+def test_fewer_candidates_in_later_iterations_and_as_many_in_all(samples, iterations, decay):
+    counts = ICEMConfig(samples=samples, iterations=iterations, decay=decay).counts()
+    assert sum(counts) == samples * iterations and len(counts) == iterations and min(counts) >= 1
+    assert all(later <= sooner + 1 for sooner, later in itertools.pairwise(counts))  # rounded
+    if decay == 1.0:
+        assert set(counts) == {samples}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(sorted(PLANNERS)), st.integers(0, 10_000), st.integers(1, 24), st.integers(1, 3))
+def test_any_search_keeps_the_contract(name, seed, samples, iterations):
+    planner = make_planner(name, SPACE, samples=samples, iterations=iterations, carried=2)
+    start = torch.rand(4, 5, 3, generator=seeded(seed + 1)) * 2.4 - 1.2
+    start = start[:, :1].expand(4, 5, 3)  # what one knot a block can hold
+    plan = planner.plan(quadratic, start, seeded(seed))
+    again = planner.plan(quadratic, start, seeded(seed))
+    assert plan.actions_HKA.numpy().tobytes() == again.actions_HKA.numpy().tobytes()
+    assert plan.actions_HKA.abs().max() <= 1
+    assert plan.cost == pytest.approx(float(quadratic(plan.actions_HKA[None])[0]), abs=1e-6)
+    assert plan.cost <= float(quadratic(start.clamp(-1, 1)[None])[0]) + 1e-6  # a warm start never hurts
+
+
+@pytest.mark.parametrize("name", sorted(PLANNERS))
+def test_next_decision_starts_with_what_was_carried(name):
+    planner = make_planner(name, SPACE, carried=3)
+    plan = planner.plan(quadratic, None, seeded())
+    warm = carry(plan, 1)
+    assert warm.shape == (4, 4, 5, 3)
+    assert torch.equal(warm[0], shift(plan.actions_HKA, 1))
+    assert plan.cost <= quadratic(plan.carried_SHKA)[0] <= quadratic(plan.carried_SHKA)[-1]
+    tried = []
+    planner.plan(lambda actions: (tried.append(actions), quadratic(actions))[1], warm, seeded(1))
+    assert torch.allclose(tried[0][0], warm[0])
+    assert all((tried[0] - one).abs().amax(dim=(1, 2, 3)).min() < 1e-6 for one in warm)
+
+
+def test_nothing_is_carried_unless_asked():
+    plan = make_planner("cem", SPACE).plan(quadratic, None, seeded())
+    assert torch.equal(carry(plan, 2), shift(plan.actions_HKA, 2))
+
+
+def test_elites_stay_candidates():
+    """Where later candidates are worse by chance alone, the elites fitted to still are the best of all iterations."""
+    calls = []
+
+    def worsening(actions_SHKA):
+        calls.append(quadratic(actions_SHKA) + len(calls))
+        return calls[-1]
+
+    plans = [make_planner("cem", SPACE, kept_elites=kept, answer="mean") for kept in (0, 8)]
+    forgot, kept = (plan.plan(worsening, None, seeded()).actions_HKA for plan in plans)
+    assert not torch.equal(forgot, kept)
+    first = min(float(costs.min()) for costs in calls[:4])
+    assert plans[1].plan(quadratic, None, seeded()).best_costs[0] == pytest.approx(first, abs=1e-6)
+
+
+def test_icem_is_a_setting_of_cem():
+    settings_ = {"beta": 2.0, "carried": 3, "decay": 1.25}
+    one, other = (make_planner(name, SPACE, **settings_).plan(quadratic, None, seeded()) for name in ("cem", "icem"))
+    assert torch.equal(one.actions_HKA, other.actions_HKA)
+
+
+class Sure:
+    """Proposes the best block, whatever was done before, and remembers what it was asked."""
+
+    def __init__(self, block: torch.Tensor):
+        self.block = block
+        self.asked = []
+
+    def __call__(self, done_ShKA, generator):
+        self.asked.append(tuple(done_ShKA.shape))
+        assert done_ShKA.shape[1] == 0 or torch.equal(done_ShKA[0, -1], self.block)
+        return self.block.expand(len(done_ShKA), -1, -1)
+
+
+@pytest.mark.parametrize("name", sorted(PLANNERS))
+def test_proposals_are_tried(name):
+    sure = Sure(torch.tensor([0.5, -0.3, 0.9]).expand(5, 3))
+    plan = make_planner(name, SPACE).plan(quadratic, None, seeded(), sure)
+    assert plan.cost < 1e-10
+    assert len(sure.asked) == 4 and [h for _, h, _, _ in sure.asked] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", sorted(PLANNERS))
+def test_no_proposals_where_their_share_is_nothing(name):
+    sure = Sure(torch.tensor([0.5, -0.3, 0.9]).expand(5, 3))
+    with_none = make_planner(name, SPACE, proposal_share=0.0).plan(quadratic, None, seeded(), sure)
+    assert not sure.asked
+    assert with_none.cost == make_planner(name, SPACE).plan(quadratic, None, seeded()).cost
 
 
 def test_shift_repeats_the_last_block():

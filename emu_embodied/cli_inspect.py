@@ -20,9 +20,9 @@ class Inspect:
     """A shipped name or a checkpoint folder."""
     env: str
     """Environment id."""
-    episodes: int = 120
+    episodes: int = 240
     """Episodes, of mixed behaviour, with seeds that no training run draws; probes are fitted on two thirds."""
-    blocks: int = 8
+    blocks: int = 6
     """Longest episode [blocks]."""
     horizon: int = 4
     """Blocks imagined."""

@@ -92,9 +92,10 @@ class Inspection:
     """What was found.
 
     Attributes:
-        probes: kind of vector -> how well each position is read from it: ``codes`` (the tokenizer's code vectors),
-            ``codes_and_words`` (with the instruction's words), ``hidden`` (the backbone's, of the whole state) and
-            ``readout`` (its last one, from which on the model says what it makes of the state).
+        probes: kind of vector -> how well each position is read from it: ``pixels_and_words`` (the pictures themselves
+            and the instruction's words, for comparison), ``codes`` (the tokenizer's code vectors), ``codes_and_words``,
+            ``hidden`` (the backbone's, of the whole state) and ``readout`` (its last one, from which on the model says
+            what it makes of the state).
         gripper: name of the robot's own position among them; None if proprio has none.
         object: name of the first object's; None if the environment tells of none.
         tokenizer: its figures.
@@ -147,10 +148,13 @@ class Inspection:
 
     def table(self) -> str:
         """The figures as text."""
-        lines = ["linear probes, error (guess)"]
+        lines = ["linear probes, error (fitted on half; of a constant guess)"]
         for kind, scores in self.probes.items():
-            cells = [f"{score.place} {score.error:.2f} ({score.guess:.2f}) {score.unit}" for score in scores]
-            lines.append(f"  {kind:16s}  {'   '.join(cells)}")
+            cells = [
+                f"{score.place} {score.error:.2f} ({score.error_of_half:.2f}; {score.guess:.2f}) {score.unit}"
+                for score in scores
+            ]
+            lines.append(f"  {kind:17s} {'   '.join(cells)}")
         one = self.tokenizer
         lines.append(
             f"tokenizer: {one.codes_used} of {one.codes} codes, perplexity {one.perplexity:.0f}, idempotence "
@@ -188,7 +192,10 @@ def inspect_world(
     vectors = world.frames.embed(states.codes_MN).flatten(1).cpu()
     told = words(states.instructions)
     hidden = hidden_states(world, states)
+    shown = [np.concatenate([episode.frames[camera] for episode in episodes]) for camera in world.config.cameras]
+    pixels = torch.from_numpy(np.stack(shown, 1)).flatten(1)
     kernels = {
+        "pixels_and_words": kernel(pixels, ~split.held_M, told),
         "codes": kernel(vectors, ~split.held_M),
         "codes_and_words": kernel(vectors, ~split.held_M, told),
         "hidden": kernel(hidden.flatten(1), ~split.held_M),
@@ -277,10 +284,11 @@ def tokenizer_figures(
     returned = float((frames.encode(once) == first).float().mean())
     for _ in tqdm(range(REENCODED - 1), desc="round trips", unit="round"):
         shown = frames.decode(frames.encode(shown))
+    occur = int((usage.counts > 0).sum())
     return TokenizerFigures(
         codes=frames.codebook_size,
-        codes_used=int((usage.counts > 0).sum()),
-        used=usage.used,
+        codes_used=occur,
+        used=occur / frames.codebook_size,
         perplexity=usage.perplexity,
         idempotence=returned,
         psnr=_decibels(once, pictures),

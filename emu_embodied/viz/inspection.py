@@ -12,7 +12,13 @@ from matplotlib.figure import Figure
 from emu_embodied.metrics.inspection import Inspection
 from emu_embodied.viz.figures import COPY, IMAGINED, REAL, save_figure
 
-COLOURS = {"codes": "#9ec3e6", "codes_and_words": REAL, "hidden": "#e8b477", "readout": IMAGINED}
+COLOURS = {
+    "pixels_and_words": "#b9c0c7",
+    "codes": "#9ec3e6",
+    "codes_and_words": REAL,
+    "hidden": "#e8b477",
+    "readout": IMAGINED,
+}
 """Of the kinds of vectors."""
 
 

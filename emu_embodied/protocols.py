@@ -37,6 +37,8 @@ class Simulator(Protocol):
     """An environment whose state can be saved, restored and stepped in blocks of K env steps."""
 
     proprio_fields: tuple[Field, ...]
+    object_fields: tuple[Field, ...]
+    """What ``Observation.objects`` holds; empty where nothing is told."""
     block: int
 
     def snapshot(self) -> Any:

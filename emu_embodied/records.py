@@ -1,8 +1,8 @@
 """What flows between the rooms: typed records instead of dictionaries.
 
 Shape letters, used as suffixes here and in all tensor code: B batch, S candidate plans, H horizon in blocks,
-K env steps in a block, A action dims, P proprio dims, T tokens or blocks in time, N frame tokens of one state (all
-cameras), C cameras, V vocabulary, D width.
+K env steps in a block, A action dims, P proprio dims, O object dims, T tokens or blocks in time, N frame tokens of one
+state (all cameras), C cameras, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ class Observation:
         frames: camera -> uint8 [height, width, 3]; empty when rendering was not asked for.
         proprio: float32 [P], in the units of the environment's ``proprio_fields``.
         instruction: what the robot was told to do.
+        objects: float32 [O], where the things are that the task is about, in the units of the environment's
+            ``object_fields``. The simulator's knowledge, for judges and as what is learned: no model reads it here.
     """
 
     frames: Frames
     proprio: np.ndarray
     instruction: str
+    objects: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class Episode:
         reward_T: float32 [T + 1], reward of each recorded state (a function of the state, so the first has one too).
         success_T: bool [T + 1].
         phases: T labels of what the behaviour was doing in each block (``approach``, ``grasp`` ...).
+        objects_TO: float32 [T + 1, O], see ``Observation.objects``.
     """
 
     env_id: str
@@ -96,6 +100,7 @@ class Episode:
     reward_T: np.ndarray
     success_T: np.ndarray
     phases: tuple[str, ...]
+    objects_TO: np.ndarray
 
     def __len__(self) -> int:
         """Number of blocks T."""
@@ -110,6 +115,7 @@ class Belief:
         cache: keys and values of the instruction and of every observed state and executed action (batch 1).
         tokens_N: int64 [N], frame tokens of the latest observed state.
         proprio_P: float32 [P], its proprio.
+        objects_O: float32 [O], where the model sees the things that the task is about; empty if it knows of none.
         history: the observations in the cache, oldest first.
         actions: the action blocks between them, ``len(history) - 1`` arrays [K, A].
     """
@@ -117,6 +123,7 @@ class Belief:
     cache: KVCache
     tokens_N: torch.Tensor
     proprio_P: torch.Tensor
+    objects_O: torch.Tensor
     history: tuple[Observation, ...]
     actions: tuple[np.ndarray, ...]
 
@@ -130,12 +137,15 @@ class Imagination:
         proprio_SHP: float32 [S, H, P] in the units of the environment.
         reward_SH: float32 [S, H], reward of each state reached, in [0, 1].
         success_SH: float32 [S, H], probability (or 0/1 from a simulator) that the state reached solves the task.
+        objects_SHO: float32 [S, H, O], where the things are that the task is about; None where nothing is known of
+            them.
     """
 
     tokens_SHN: torch.Tensor | None
     proprio_SHP: torch.Tensor
     reward_SH: torch.Tensor
     success_SH: torch.Tensor
+    objects_SHO: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,10 @@ class WorldModelConfig:
     paths: tuple[str, ...] = ()
     """Noise processes that the weights were adapted with (DiDA), the first is decoded with; none: next-token decoding
     only."""
+    objects: tuple[Field, ...] = ()
+    """What the model says of the things that the task is about, with the range that the data covers. Nobody tells it
+    where they are: it reads that out of a frame, writes it behind the proprio bins of a state, and foretells it with
+    the rest of the state."""
     subgoals: int = 0
     """Subtasks in a window of the planner's role that the weights were trained on [subtasks]; 0: they know none."""
     decoding: Literal["autoregressive", "dida"] = "autoregressive"
@@ -115,7 +119,7 @@ class WorldModelConfig:
             text_length=self.text_length,
             cameras=self.cameras,
             camera_tokens=self.camera_tokens,
-            num_proprio=len(self.proprio),
+            num_proprio=len(self.proprio) + len(self.objects),
             action_dim=self.action_dim,
             image=ImageFormat.emu35(self.camera_tokens) if self.tokens == "emu3.5" else None,
         )
@@ -131,7 +135,8 @@ class WorldModelConfig:
             raise ValueError(f"{path.parent} is no world-model checkpoint: {path.name} is missing")
         raw = read_config(path.parent, path.name)
         try:
-            raw["proprio"] = [Field(**field) for field in raw["proprio"]]
+            for name in ("proprio", "objects"):
+                raw[name] = [Field(**field) for field in raw.get(name, ())]
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
             return cls(**values)
         except (TypeError, KeyError, ValueError) as error:

@@ -13,14 +13,12 @@ import torch
 
 from emu_embodied.decode.autoregressive import SequentialDecoder
 from emu_embodied.decode.dida import ParallelDecoder, StateDecoder
-from emu_embodied.decode.grammar import StateLogits, expected_bin
+from emu_embodied.decode.grammar import expected_bin
 from emu_embodied.decode.order import Order
 from emu_embodied.decode.paths import StatePath, known_path, make_path
 from emu_embodied.decode.subgoals import SubgoalDecoder
 from emu_embodied.files import write_json
 from emu_embodied.models.cache import KVCache
-from emu_embodied.models.ibq import IBQ
-from emu_embodied.models.loading import placed, quietly
 from emu_embodied.models.transformer import EmuForCausalLM
 from emu_embodied.records import Belief, Frames, Imagination, Observation, Subgoal
 from emu_embodied.tokens.actions import ActionTokenizer
@@ -29,6 +27,7 @@ from emu_embodied.tokens.sequence import StateTokens
 from emu_embodied.tokens.states import ProprioTokenizer, RewardTokenizer
 from emu_embodied.tokens.text import ByteTokenizer, TextTokenizer
 from emu_embodied.world_config import WorldModelConfig, checkpoint_folder
+from emu_embodied.world_files import check_pieces, official_text, read_pieces, write_pieces
 from emu_embodied.world_official import is_official, read_official
 
 
@@ -49,35 +48,14 @@ class WorldModel:
         frames: IBQFrameTokenizer,
         text: TextTokenizer | None = None,
     ) -> None:
-        layout = config.layout
-        if backbone.config.vocab_size != layout.vocabulary.size:
-            raise ValueError(
-                f"backbone has {backbone.config.vocab_size} ids, world.json lays out {layout.vocabulary.size}"
-            )
-        actions = (backbone.config.action_block, backbone.config.action_dim)
-        if actions != (config.block, config.action_dim):
-            raise ValueError(
-                f"backbone embeds action blocks of {actions}, world.json names {(config.block, config.action_dim)}"
-            )
-        rows, columns = frames.grid
-        if (frames.codebook_size, frames.image_size, rows * columns) != (
-            config.codebook,
-            config.image_size,
-            config.camera_tokens,
-        ):
-            raise ValueError(
-                f"tokenizer makes {rows * columns} tokens of {frames.codebook_size} codes from {frames.image_size}-px "
-                f"frames, world.json names {config.camera_tokens} of {config.codebook} from {config.image_size} px"
-            )
+        check_pieces(config, backbone, frames, text)
         self.config = config
         self.backbone = backbone.eval().requires_grad_(False)
         self.frames = frames
-        self.layout = layout
-        if (config.tokens == "emu3.5") != (text is not None):
-            raise ValueError("Emu3.5's ids and Emu3.5's text tokenizer belong together: give both or neither")
+        self.layout = config.layout
         self.text: ByteTokenizer | TextTokenizer = ByteTokenizer() if text is None else text
         self.actions = ActionTokenizer(config.action_bins, config.block)
-        self.proprio = ProprioTokenizer(config.proprio, config.state_bins)
+        self.proprio = ProprioTokenizer((*config.proprio, *config.objects), config.state_bins)
         self.reward = RewardTokenizer(config.reward_bins)
         self._spares: dict[int, KVCache] = {}
 
@@ -175,7 +153,7 @@ class WorldModel:
             entropy_bound=self.config.entropy_bound if entropy_bound is None else entropy_bound,
             source_noise=self.config.source_noise if source_noise is None else source_noise,
         )
-        return WorldModel(config, self.backbone, self.frames, _official(self.text))
+        return WorldModel(config, self.backbone, self.frames, official_text(self.text))
 
     # -- observe -----------------------------------------------------------------------------------------------------
 
@@ -206,13 +184,13 @@ class WorldModel:
             raise ValueError(f"{len(history)} observations need {max(len(history) - 1, 0)} blocks, got {len(actions)}")
         kept = tuple(history)[-self.config.context_states :]
         between = tuple(np.asarray(action, dtype=np.float32) for action in actions[len(history) - len(kept) :])
-        tokens_N, proprio_P, state = self._state(kept[0], None)
-        pieces = [self._text(kept[-1].instruction), state]
+        text = self._text(kept[-1].instruction)
+        cache = self._cache(text, self.layout.length(len(kept)))
+        seen = self._perceive(cache, text, kept[0], torch.zeros_like(text[:, 0]))
         for action_KA, observation in zip(between, kept[1:], strict=True):
             action_embeds, condition = self._act_once(action_KA)
-            tokens_N, proprio_P, state = self._state(observation, condition)
-            pieces += [action_embeds, state]
-        return Belief(self._prefix(torch.cat(pieces, 1)), tokens_N, proprio_P, kept, between)
+            seen = self._perceive(cache, action_embeds, observation, condition)
+        return Belief(cache, *seen, kept, between)
 
     @torch.inference_mode()
     def extend(self, belief: Belief, action_KA: np.ndarray, observation: Observation) -> Belief:
@@ -231,9 +209,7 @@ class WorldModel:
             return self.observe(history, actions)
         cache = belief.cache.fork(room=self.layout.step_tokens)
         action_embeds, condition = self._act_once(actions[-1])
-        tokens_N, proprio_P, state = self._state(observation, condition)
-        self._write(cache, torch.cat([action_embeds, state], 1))
-        return Belief(cache, tokens_N, proprio_P, history, actions)
+        return Belief(cache, *self._perceive(cache, action_embeds, observation, condition), history, actions)
 
     # -- imagine -----------------------------------------------------------------------------------------------------
 
@@ -266,7 +242,7 @@ class WorldModel:
         fine: list[torch.Tensor] = []
         num_states = len(belief.history)
         cache = self._branches(num_plans, belief.cache)
-        current = StateTokens(belief.tokens_N, self.proprio.encode(belief.proprio_P)).expand(num_plans)
+        current = self._latest(belief).expand(num_plans)
         pending, condition = self._act(actions_SHKA[:, 0])
         for h in range(horizon):
             state = self.decoder.decode(cache, pending, condition, current, generator)
@@ -275,7 +251,7 @@ class WorldModel:
             proprio.append(self.proprio.decode(expected_bin(state.logits.proprio)))
             reward.append(self.reward.decode(expected_bin(state.logits.reward)))
             success.append(torch.softmax(state.logits.success, -1)[:, 1])
-            fine.append(_finite(state.logits))
+            fine.append(state.logits.finite())
             num_states += 1
             if h + 1 == horizon:
                 break
@@ -290,11 +266,13 @@ class WorldModel:
                 pending = torch.cat([stream, action_embeds], 1)
         _check_finite(torch.stack(fine))
         self._spares = {num_plans: cache}
+        proprio_SHP, objects_SHO = self._split(torch.stack(proprio, 1))
         return Imagination(
             torch.stack([tokens.codes for tokens in states], 1),
-            torch.stack(proprio, 1),
+            proprio_SHP,
             torch.stack(reward, 1),
             torch.stack(success, 1),
+            objects_SHO if self.config.objects else None,
         )
 
     def render(self, imagination: Imagination, plans: Sequence[int], horizons: Sequence[int]) -> Frames:
@@ -334,17 +312,16 @@ class WorldModel:
         if steps < 1:
             raise ValueError(f"{steps} subtasks: ask for at least 1")
         instruction = self.layout.text_ids(self.text.encode(observation.instruction))[None].to(self.device)
-        codes_N, proprio_P, _ = self._state(observation, None)
-        current = StateTokens(codes_N, self.proprio.encode(proprio_P)).expand(1)
+        current = self._latest(self.observe([observation])).expand(1)
         decoder = SubgoalDecoder(self.backbone, self.layout, self.decoder, self.config.temperature)
         found = decoder.decode(instruction, current, steps, generator)
         if found:
-            _check_finite(torch.stack([_finite(subgoal.state.logits) for subgoal in found]))
+            _check_finite(torch.stack([subgoal.state.logits.finite() for subgoal in found]))
         return tuple(
             Subgoal(
                 self.text.decode(subgoal.text),
                 subgoal.state.codes_SN[0],
-                self.proprio.decode(expected_bin(subgoal.state.logits.proprio))[0],
+                self._split(self.proprio.decode(expected_bin(subgoal.state.logits.proprio))[0])[0],
                 float(self.reward.decode(expected_bin(subgoal.state.logits.reward))[0]),
                 float(torch.softmax(subgoal.state.logits.success, -1)[0, 1]),
             )
@@ -358,21 +335,48 @@ class WorldModel:
         embeds: torch.Tensor = self.backbone.embed(ids[None])
         return embeds
 
-    def _state(
-        self, observation: Observation, condition_1D: torch.Tensor | None
+    def _perceive(
+        self, cache: KVCache, before_1LD: torch.Tensor, observation: Observation, condition_1D: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes [N], proprio [P] and embeddings [1, state_tokens, D] of what was observed."""
+        """Write what stands before an observation and the observation itself into a cache.
+
+        The objects, of which an observation says nothing, are decoded one number after another, each the nearest bin to
+        its expectation.
+
+        Returns:
+            Codes [N], proprio [P] and objects [O] of the state.
+        """
         codes_N = self.encode_frames(observation.frames)
         proprio_P = torch.as_tensor(observation.proprio, dtype=torch.float32, device=self.device)
-        if proprio_P.shape != (self.layout.num_proprio,) or not bool(proprio_P.isfinite().all()):
+        known = len(self.config.proprio)
+        if proprio_P.shape != (known,) or not bool(proprio_P.isfinite().all()):
             raise ValueError(
-                f"proprio must be {self.layout.num_proprio} finite numbers ("
+                f"proprio must be {known} finite numbers ("
                 f"{', '.join(field.name for field in self.config.proprio)}), got {proprio_P.tolist()}"
             )
-        embeds = self.backbone.embed(self.layout.state_ids(codes_N, self.proprio.encode(proprio_P))[None])
-        if condition_1D is not None:
-            embeds = embeds + condition_1D[:, None]
-        return codes_N, proprio_P, embeds
+        unseen = proprio_P.new_zeros(len(self.config.objects))
+        ids = self.layout.state_ids(codes_N, self.proprio.encode(torch.cat([proprio_P, unseen])))[None]
+        span, expected = self.layout.vocabulary.state, []
+        pending, done = before_1LD, 0
+        for slot in self.layout.proprio_slots[known:].tolist():
+            pending = torch.cat([pending, self.backbone.embed(ids[:, done:slot]) + condition_1D[:, None]], 1)
+            hidden = self._write(cache, pending)
+            expected.append(expected_bin(self.backbone.head(hidden[0, -1], slice(span.start, span.stop))))
+            ids[:, slot] = span.ids(expected[-1].round().long())
+            pending, done = pending[:, :0], slot
+        self._write(cache, torch.cat([pending, self.backbone.embed(ids[:, done:]) + condition_1D[:, None]], 1))
+        bins = torch.cat([unseen.new_zeros(known), *(number[None] for number in expected)])
+        return codes_N, proprio_P, self._split(self.proprio.decode(bins))[1]
+
+    def _split(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Proprio [..., P] and objects [..., O] of the numbers in a state."""
+        known = len(self.config.proprio)
+        return numbers[..., :known], numbers[..., known:]
+
+    def _latest(self, belief: Belief) -> StateTokens:
+        """The state that a belief ends with."""
+        numbers = torch.cat([belief.proprio_P, belief.objects_O])
+        return StateTokens(belief.tokens_N, self.proprio.encode(numbers))
 
     def _act(self, actions_SKA: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The action tokens' embeddings [S, L, D] and the block's continuous embedding [S, D]."""
@@ -401,13 +405,18 @@ class WorldModel:
             pieces += [action_embeds, state_embeds + condition[:, None]]
         return torch.cat(pieces, 1)
 
-    def _write(self, cache: KVCache, embeds: torch.Tensor) -> None:
+    def _write(self, cache: KVCache, embeds: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(cache.total_length, cache.total_length + embeds.shape[1], device=self.device)
-        self.backbone.core(embeds, positions, mask=None, cache=cache)
+        hidden: torch.Tensor = self.backbone.core(embeds, positions, mask=None, cache=cache)
+        return hidden
+
+    def _cache(self, like: torch.Tensor, room: int) -> KVCache:
+        """An empty cache for one sequence of ``room`` tokens, in the dtype of some embeddings."""
+        return KVCache(self.backbone.config, 1, room, device=self.backbone.devices, dtype=like.dtype)
 
     def _prefix(self, embeds: torch.Tensor) -> KVCache:
         """A cache that holds one sequence [1, L, D]."""
-        cache = KVCache(self.backbone.config, 1, embeds.shape[1], device=self.backbone.devices, dtype=embeds.dtype)
+        cache = self._cache(embeds, embeds.shape[1])
         self._write(cache, embeds)
         return cache
 
@@ -428,12 +437,7 @@ class WorldModel:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors, world.json, tokenizer/ and any ``emu3.tiktoken`` into ``folder``."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with quietly():
-            self.backbone.save_pretrained(folder)
-        self.frames.save_pretrained(folder / "tokenizer")
-        if (text := _official(self.text)) is not None:
-            text.save_pretrained(folder)
+        write_pieces(folder, self.backbone, self.frames, official_text(self.text))
         write_json(folder / "world.json", asdict(self.config))
 
     @classmethod
@@ -465,24 +469,11 @@ class WorldModel:
         config = WorldModelConfig.load(folder / "world.json")
         if embodiment is not None:
             raise ValueError(f"{folder} names its own embodiment in world.json: leave embodiment out")
-        with quietly():
-            loaded = placed(EmuForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **backbone}), device)
-        frames = IBQFrameTokenizer(IBQ.from_pretrained(folder / "tokenizer", device))
-        text = TextTokenizer.from_pretrained(folder) if config.tokens == "emu3.5" else None
+        pieces = read_pieces(folder, config.tokens, device, backbone)
         try:
-            return cls(config, loaded, frames, text)
+            return cls(config, *pieces)
         except ValueError as error:
             raise ValueError(f"the files in {folder} do not belong together: {error}") from error
-
-
-def _official(text: ByteTokenizer | TextTokenizer) -> TextTokenizer | None:
-    return text if isinstance(text, TextTokenizer) else None
-
-
-def _finite(logits: StateLogits) -> torch.Tensor:
-    """Bool [S]: whether everything of a candidate is finite."""
-    parts = (logits.frame, logits.proprio, logits.reward, logits.success)
-    return torch.stack([part.flatten(1).sum(1) for part in parts]).isfinite().all(0)
 
 
 def _check_finite(fine_HS: torch.Tensor) -> None:

@@ -33,6 +33,15 @@ PROPRIO_FIELDS = (
     Field("ee_vz", "m/s", -0.8, 0.8),
     Field("gripper", "m", 0.0, MAX_OPENING),
 )
+OBJECT_FIELDS = (
+    Field("object_x", "m", 0.25, 0.72),
+    Field("object_y", "m", -0.30, 0.30),
+    Field("object_z", "m", -0.02, 0.36),
+    Field("goal_x", "m", 0.25, 0.72),
+    Field("goal_y", "m", -0.30, 0.30),
+    Field("goal_z", "m", -0.02, 0.36),
+)
+"""The meant item's centre, and where it (in a reach, the tool) has to go."""
 _LOW = np.array([f.low for f in PROPRIO_FIELDS], np.float32)
 _HIGH = np.array([f.high for f in PROPRIO_FIELDS], np.float32)
 
@@ -74,6 +83,7 @@ class PandaEnv(gymnasium.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / CONTROL_DT)}  # noqa: RUF012 (Gymnasium's own)
     proprio_fields: tuple[Field, ...] = PROPRIO_FIELDS
+    object_fields: tuple[Field, ...] = OBJECT_FIELDS
     block: int = BLOCK
 
     def __init__(
@@ -145,7 +155,9 @@ class PandaEnv(gymnasium.Env):
     def observe(self, *, render: bool = True) -> Observation:
         """The current state as an observation."""
         frames = {name: self._engine.render(name) for name in self.cameras} if render else {}
-        return Observation(frames, self._proprio(), self.scene.instruction)
+        meant = self.world_state().item_xyz[self.scene.meant]
+        objects = np.array([*meant, *self.scene.goal_xyz], np.float32)
+        return Observation(frames, self._proprio(), self.scene.instruction, objects)
 
     def step_block(self, actions_KA: np.ndarray, *, render: bool = True) -> Transition:
         """Apply K actions (any K); pictures are drawn only of the state reached, and only if ``render``."""

@@ -66,12 +66,16 @@ class TrueDynamics:
             tokens = torch.stack(
                 [torch.stack([self.tokenize(step.observation.frames) for step in future]) for future in futures]
             )
-        proprio = np.array([[step.observation.proprio for step in future] for future in futures], np.float32)
+        proprio, objects = (
+            np.array([[getattr(step.observation, name) for step in future] for future in futures], np.float32)
+            for name in ("proprio", "objects")
+        )
         return Imagination(
             tokens_SHN=tokens,
             proprio_SHP=torch.from_numpy(proprio),
             reward_SH=torch.tensor([[float(step.rewards_K[-1]) for step in future] for future in futures]),
             success_SH=torch.tensor([[float(step.success) for step in future] for future in futures]),
+            objects_SHO=torch.from_numpy(objects),
         )
 
     def _simulate(self, actions_SHKA: torch.Tensor, *, render: bool) -> list[list[Transition]]:

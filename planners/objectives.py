@@ -133,6 +133,39 @@ class GoalProprio:
         return distance_SH[:, -1] + self.running_weight * distance_SH.mean(dim=1)
 
 
+class GoalObjects:
+    """Distance of the things that the task is about to where they should be, in units of each number's range.
+
+    Args:
+        goal_O: where they should be: told, or read by the model out of a goal picture (``Belief.objects_O``).
+        fields: the environment's ``object_fields``.
+        running_weight: weight of the mean distance on the way beside the last state's distance.
+
+    Raises:
+        ValueError: if there are no objects, or not as many as fields.
+    """
+
+    def __init__(self, goal_O: torch.Tensor, fields: Sequence[Field], *, running_weight: float = 0.1):
+        if not fields or goal_O.shape != (len(fields),):
+            raise ValueError(f"the goal names {goal_O.numel()} numbers of objects, the environment {len(fields)}")
+        self._goal_O = goal_O.float()
+        self._range_O = torch.tensor([field.high - field.low for field in fields])
+        self.running_weight = running_weight
+
+    def __call__(self, imagination: Imagination) -> torch.Tensor:
+        """Cost float32 [S]: root mean square over the goal's entries.
+
+        Raises:
+            ValueError: if nothing is known of objects in these futures.
+        """
+        if imagination.objects_SHO is None:
+            raise ValueError("the model knows of no objects: train one on a dataset that tells them")
+        device = imagination.objects_SHO.device
+        away = (imagination.objects_SHO.float() - self._goal_O.to(device)) / self._range_O.to(device)
+        distance_SH = away.square().mean(dim=-1).sqrt()
+        return distance_SH[:, -1] + self.running_weight * distance_SH.mean(dim=1)
+
+
 @dataclass(frozen=True, slots=True)
 class WeightedSum:
     """Several objectives at once."""

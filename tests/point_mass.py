@@ -47,6 +47,7 @@ class PointMass:
         Field("goal_y", "m", -1.0, 1.0),
     )
 
+    object_fields = ()
     block = 5
     cameras = ("front",)
     image_size = PIXELS
@@ -131,7 +132,8 @@ class PointMassModel:
     def observe(self, history: Sequence[Observation], actions: Sequence[np.ndarray] = ()) -> Belief:
         self.calls.append("observe")
         last = history[-1]
-        return Belief(None, tokenize(last.frames), torch.tensor(last.proprio), tuple(history), tuple(actions))
+        proprio, nothing = torch.tensor(last.proprio), torch.zeros(0)
+        return Belief(None, tokenize(last.frames), proprio, nothing, tuple(history), tuple(actions))
 
     def extend(self, belief: Belief, action_KA: np.ndarray, observation: Observation) -> Belief:
         self.calls.append("extend")
@@ -139,6 +141,7 @@ class PointMassModel:
             None,
             tokenize(observation.frames),
             torch.tensor(observation.proprio),
+            torch.zeros(0),
             (*belief.history, observation),
             (*belief.actions, action_KA),
         )

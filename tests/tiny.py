@@ -17,6 +17,7 @@ from emu_embodied.models.transformer import EmuForCausalLM
 from emu_embodied.presets import Preset
 from emu_embodied.records import Episode, Field, Observation
 from emu_embodied.tokens.frames import IBQFrameTokenizer
+from emu_embodied.tokens.sequence import StateTokens
 from emu_embodied.train.loop import LoopConfig
 from emu_embodied.train.pretrain import WorldTraining
 from emu_embodied.world_config import WorldModelConfig
@@ -25,6 +26,7 @@ from emu_embodied.world_model import WorldModel
 SIZE, BLOCK, ACTIONS = 8, 2, 2
 CAMERAS = ("front", "wrist")
 FIELDS = (Field("x", "m", 0.0, 1.0), Field("y", "m", 0.0, 1.0), Field("grip", "1", -1.0, 1.0))
+OBJECTS = (Field("dot_x", "m", 0.0, 1.0), Field("dot_y", "m", 0.0, 1.0))
 IBQ_CONFIG = IBQConfig(
     ch=4, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), resolution=SIZE, z_channels=4, embed_dim=4,
     n_embed=12, norm_groups=2, patch=2,
@@ -75,13 +77,16 @@ def make_episode(seed: int = 0, blocks: int = 5, env_id: str = "Dot-v0", source:
         reward_T=reward,
         success_T=reward > 0.8,
         phases=("drift",) * blocks,
+        objects_TO=states.astype(np.float32),
     )
 
 
 def make_store(folder: Path, episodes: int = 8, block: int = BLOCK) -> EpisodeStore:
     """A dataset of 5 blocks an episode."""
     sizes = dict.fromkeys(CAMERAS, (SIZE, SIZE))
-    spec = DatasetSpec(env_ids=("Dot-v0",), block=block, action_dim=ACTIONS, cameras=sizes, proprio=FIELDS)
+    spec = DatasetSpec(
+        env_ids=("Dot-v0",), block=block, action_dim=ACTIONS, cameras=sizes, proprio=FIELDS, objects=OBJECTS
+    )
     store = EpisodeStore.create(folder, spec)
     for seed in range(episodes):
         episode = make_episode(seed, source=("expert", "noisy", "random", "play")[seed % 4])
@@ -126,6 +131,11 @@ def observation(episode: Episode, t: int) -> Observation:
     """State ``t`` of an episode as it was seen."""
     frames = {camera: images[t] for camera, images in episode.frames.items()}
     return Observation(frames, episode.proprio_TP[t], episode.instruction)
+
+
+def seen(world: WorldModel, observation: Observation) -> StateTokens:
+    """An observation as a model without objects reads it, [N] and [P]."""
+    return StateTokens(world.encode_frames(observation.frames), world.proprio.encode(torch.tensor(observation.proprio)))
 
 
 def plans(count: int, horizon: int, seed: int = 0) -> torch.Tensor:

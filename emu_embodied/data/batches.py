@@ -30,7 +30,7 @@ class WindowBatch:
     Attributes:
         text_BL: int64 text segments.
         codes_BTN: int64 frame codes.
-        proprio_BTP: float32, in the environment's units.
+        proprio_BTP: float32, in the environment's units; the objects' numbers behind them, if the model learns those.
         actions_BTKA: float32 [B, T - 1, K, A].
         reward_BT: float32 in [0, 1].
         success_BT: bool.
@@ -56,7 +56,7 @@ class TokenDataset:
 
     Attributes:
         codes_MN: int16 or int32 frame codes of M states.
-        proprio_MP: float32.
+        proprio_MP: float32; the objects' numbers behind them, if the model learns those.
         actions_MKA: float32, the block taken in each state (zeros in an episode's last).
         reward_M: float32.
         success_M: bool.
@@ -156,11 +156,18 @@ class TokenDataset:
 
 
 def encode_dataset(
-    store: EpisodeStore, tokenizer: IBQFrameTokenizer, cameras: tuple[str, ...], cache: Path
+    store: EpisodeStore, tokenizer: IBQFrameTokenizer, cameras: tuple[str, ...], cache: Path, *, objects: bool = False
 ) -> TokenDataset:
     """Encode every readable episode, in the order they were numbered when recorded.
 
     The codes are kept in ``cache`` and reused episode by episode, while tokenizer and cameras are the same.
+
+    Args:
+        store: dataset.
+        tokenizer: of the frames.
+        cameras: which of them, in order.
+        cache: file.
+        objects: whether the objects' numbers follow the proprio.
 
     Raises:
         ValueError: if the dataset is empty or lacks a camera.
@@ -194,7 +201,7 @@ def encode_dataset(
     actions = [np.concatenate([e.actions_TKA, np.zeros_like(e.actions_TKA[:1])]) for e in episodes]
     return TokenDataset(
         torch.cat(codes_ETN),
-        torch.from_numpy(np.concatenate([e.proprio_TP for e in episodes])),
+        torch.from_numpy(np.concatenate([_numbers(e, objects) for e in episodes])),
         torch.from_numpy(np.concatenate(actions)),
         torch.from_numpy(np.concatenate([e.reward_T for e in episodes])),
         torch.from_numpy(np.concatenate([e.success_T for e in episodes])),
@@ -205,6 +212,10 @@ def encode_dataset(
         torch.tensor([store.spec.env_ids.index(episode.env_id) for episode in episodes]),
         tuple(episode.phases for episode in episodes),
     )
+
+
+def _numbers(episode: Episode, objects: bool) -> np.ndarray:
+    return np.concatenate([episode.proprio_TP, episode.objects_TO], 1) if objects else episode.proprio_TP
 
 
 def fingerprint(tokenizer: IBQFrameTokenizer) -> str:

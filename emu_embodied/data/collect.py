@@ -265,7 +265,7 @@ def _describe(crew: list[_Worker], config: CollectConfig) -> DatasetSpec:
         crew[0].send(env_id)
         specs.append(crew[0].receive(f"making {env_id}"))
     for spec in specs[1:]:
-        for name in ("block", "action_dim", "cameras", "proprio"):
+        for name in ("block", "action_dim", "cameras", "proprio", "objects"):
             if getattr(spec, name) != getattr(specs[0], name):
                 raise ValueError(
                     f"{specs[0].env_ids[0]} and {spec.env_ids[0]} do not fit in one dataset, {name}: "
@@ -357,4 +357,5 @@ def _spec(simulator: RecordedSimulator, env_id: str) -> DatasetSpec:
         action_dim=int(simulator.action_space.shape[0]),
         cameras={name: (frame.shape[0], frame.shape[1]) for name, frame in frames.items()},
         proprio=tuple(simulator.proprio_fields),
+        objects=tuple(simulator.object_fields),
     )

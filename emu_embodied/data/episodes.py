@@ -35,7 +35,8 @@ FORMAT_VERSION = 1
 COMPRESSION = 1
 """zlib level. A push (2 cameras x 13 frames of 64 px) takes 6.5 ms; at level 6 10.5 ms, for a third fewer bytes."""
 
-_ARRAYS = ("proprio_TP", "actions_TKA", "rewards_TK", "reward_T", "success_T")
+_OBJECTS = "objects_TO"
+_ARRAYS = ("proprio_TP", "actions_TKA", "rewards_TK", "reward_T", "success_T", _OBJECTS)
 _FRAMES = "frames."
 _TEXT = "text"
 
@@ -58,6 +59,8 @@ class DatasetSpec:
     """Camera name -> (height, width) [pixels]."""
     proprio: tuple[Field, ...]
     """Names, units and ranges of the P proprio entries."""
+    objects: tuple[Field, ...] = ()
+    """Those of the O entries of ``Episode.objects_TO``."""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form; ``from_dict`` reads it back."""
@@ -67,6 +70,7 @@ class DatasetSpec:
             "action_dim": self.action_dim,
             "cameras": {name: list(size) for name, size in self.cameras.items()},
             "proprio": [dataclasses.asdict(field) for field in self.proprio],
+            "objects": [dataclasses.asdict(field) for field in self.objects],
         }
 
     @classmethod
@@ -83,6 +87,7 @@ class DatasetSpec:
                 action_dim=int(content["action_dim"]),
                 cameras={str(name): (int(size[0]), int(size[1])) for name, size in content["cameras"].items()},
                 proprio=tuple(Field(**field) for field in content["proprio"]),
+                objects=tuple(Field(**field) for field in content.get("objects", ())),
             )
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"not a dataset description: {error!r}") from error
@@ -227,10 +232,14 @@ class EpisodeStore:
             found, asked = getattr(self.spec, name), getattr(wanted, name)
             if found != asked:
                 clashes.append(f"{label}: dataset {found}; wanted {asked}")
-        if self.spec.proprio != wanted.proprio:
-            found = [field for field in self.spec.proprio if field not in wanted.proprio]
-            asked = [field for field in wanted.proprio if field not in self.spec.proprio]
-            clashes.append(f"proprio fields: dataset {found or 'in another order'}; wanted {asked or 'fewer'}")
+        for label, has, wants in (
+            ("proprio", self.spec.proprio, wanted.proprio),
+            ("object", self.spec.objects, wanted.objects),
+        ):
+            if has != wants:
+                found = [field for field in has if field not in wants]
+                asked = [field for field in wants if field not in has]
+                clashes.append(f"{label} fields: dataset {found or 'in another order'}; wanted {asked or 'fewer'}")
         if clashes:
             raise ValueError(f"the dataset in {self.folder} was recorded differently: " + " | ".join(clashes))
 
@@ -326,6 +335,7 @@ def check_episode(episode: Episode, spec: DatasetSpec) -> None:
     shapes["rewards_TK"] = (episode.rewards_TK, np.float32, (blocks, spec.block))
     shapes["reward_T"] = (episode.reward_T, np.float32, (blocks + 1,))
     shapes["success_T"] = (episode.success_T, np.bool_, (blocks + 1,))
+    shapes["objects_TO"] = (episode.objects_TO, np.float32, (blocks + 1, len(spec.objects)))
     for name, (array, dtype, shape) in shapes.items():
         if array.dtype != dtype or array.shape != shape:
             raise ValueError(f"{name} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
@@ -374,7 +384,8 @@ def decode(path: Path) -> Episode:
             instruction=str(text["instruction"]),
             phases=tuple(str(phase) for phase in text["phases"]),
             frames=frames,
-            **{name: arrays[name] for name in _ARRAYS},
+            **{name: arrays[name] for name in _ARRAYS if name != _OBJECTS},
+            objects_TO=arrays.get(_OBJECTS, np.zeros((len(arrays["reward_T"]), 0), np.float32)),
         )
     except FileNotFoundError as error:
         raise DamagedEpisode(f"{path} is missing") from error
@@ -407,7 +418,10 @@ def _text(episode: Episode) -> bytes:
 
 def _arrays(episode: Episode) -> dict[str, np.ndarray]:
     frames = {_FRAMES + name: episode.frames[name] for name in sorted(episode.frames)}
-    return frames | {name: getattr(episode, name) for name in _ARRAYS}
+    arrays = {name: getattr(episode, name) for name in _ARRAYS}
+    if not episode.objects_TO.size:
+        del arrays[_OBJECTS]  # as in episodes that were recorded before there were objects
+    return frames | arrays
 
 
 def _read_index(path: Path) -> list[IndexEntry]:

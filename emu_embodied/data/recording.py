@@ -108,4 +108,5 @@ def record_episode(
         reward_T=np.asarray(rewards, np.float32),
         success_T=np.asarray(successes, np.bool_),
         phases=tuple(phases),
+        objects_TO=np.stack([seen.objects for seen in observations]).astype(np.float32),
     )

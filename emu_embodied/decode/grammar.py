@@ -30,6 +30,11 @@ class StateLogits:
         """Those of some states."""
         return StateLogits(self.frame[rows_S], self.proprio[rows_S], self.reward[rows_S], self.success[rows_S])
 
+    def finite(self) -> torch.Tensor:
+        """Bool [S]: whether everything of a candidate is finite."""
+        parts = (self.frame, self.proprio, self.reward, self.success)
+        return torch.stack([part.flatten(1).sum(1) for part in parts]).isfinite().all(0)
+
 
 def state_logits(backbone: EmuForCausalLM, layout: SequenceLayout, hidden_SLD: torch.Tensor) -> StateLogits:
     """Read a state out of the hidden vectors [S, state_tokens, D] of its segment.

@@ -55,7 +55,7 @@ class SequenceLayout:
             ones refused.
         cameras: camera names, in order.
         camera_tokens: codes N_c of one camera's frame.
-        num_proprio: P.
+        num_proprio: P, and after them O where the model writes down where it sees the objects (see ``WorldModel``).
         action_dim: A.
         image: fixed ids around and between the codes of a frame; None for ``boi`` before them and no others.
     """

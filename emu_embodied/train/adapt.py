@@ -23,7 +23,7 @@ from emu_embodied.train.noise import draw_copies, noisy_logits, sample_times
 from emu_embodied.train.pretrain import WorldTraining, prepare_data, write_training_meta
 from emu_embodied.train.rollout import own_samples, self_fed, with_own_samples
 from emu_embodied.train.subgoals import SubgoalTraining
-from emu_embodied.train.windows import action_loss
+from emu_embodied.train.windows import action_loss, perception_loss
 from emu_embodied.world_config import WorldModelConfig
 from emu_embodied.world_model import WorldModel
 
@@ -67,7 +67,9 @@ def train_dida(
     device = pick_device(config.loop.device)
     world.frames.ibq.to(device)
     world.backbone.to(device)
-    tokens = encode_dataset(store, world.frames, world.config.cameras, out / "tokens.safetensors")
+    tokens = encode_dataset(
+        store, world.frames, world.config.cameras, out / "tokens.safetensors", objects=bool(world.config.objects)
+    )
     data = prepare_data(world, tokens, config.held_out)
     adapted = WorldModel(replace(world.config, paths=paths, decoding="dida"), world.backbone, world.frames)
     subgoals = SubgoalTraining(adapted, data, config, subtasks)
@@ -137,10 +139,11 @@ def dida_loss(
     clean, clean_logs = state_loss(views.clean.at(true_M), window.targets.at(true_M), config.weights)
     imitate_B = batch.imitate_B & (torch.arange(shape[0], device=world.device) >= fed)
     imitation = action_loss(world.backbone, world.layout, views.hidden_BLD, window, imitate_B)
+    perception = perception_loss(world, views.hidden_BLD, window, config.weights)
     logs |= {f"clean/{name}": value for name, value in clean_logs.items()}
     return LossOutput(
-        noisy + clean + config.weights.action * imitation,
-        {**logs, "action": imitation.detach()},
+        noisy + clean + config.weights.action * imitation + config.weights.proprio * perception,
+        {**logs, "action": imitation.detach(), "perception": perception.detach()},
         window.embeds_BLD[..., 0].numel() + times.numel() * world.layout.state_tokens,
     )
 
@@ -159,8 +162,9 @@ def check_same_recording(store: EpisodeStore, world: WorldModel) -> None:
         clashes.append(f"env steps in a block: dataset {spec.block}; model {config.block}")
     if spec.action_dim != config.action_dim:
         clashes.append(f"action dimensions: dataset {spec.action_dim}; model {config.action_dim}")
-    if [f.name for f in spec.proprio] != [f.name for f in config.proprio]:
-        names = [", ".join(field.name for field in fields) for fields in (spec.proprio, config.proprio)]
-        clashes.append(f"proprio fields: dataset {names[0]}; model {names[1]}")
+    for label, has, wants in (("proprio", spec.proprio, config.proprio), ("object", spec.objects, config.objects)):
+        if wants and [f.name for f in has] != [f.name for f in wants]:
+            names = [", ".join(field.name for field in fields) or "none" for fields in (has, wants)]
+            clashes.append(f"{label} fields: dataset {names[0]}; model {names[1]}")
     if clashes:
         raise ValueError(f"{store.folder} does not fit the model: " + " | ".join(clashes))

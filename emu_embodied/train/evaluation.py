@@ -79,11 +79,13 @@ class Judge:
             felt = self.world.proprio.decode(expected_bin(logits.proprio))
             error.append((felt - batch.proprio_BTP[:, 1:].flatten(0, 1)).abs())
         backbone.train(training)
+        errors_MP, known = torch.cat(error), len(self.world.config.proprio)
         hits, moved, pairs = torch.cat(right).float(), torch.cat(changed), torch.cat(reward, 1)
         return {
             "token_accuracy": float(hits.mean()),
             "changed_token_accuracy": float(hits[moved].mean()),
             "changed_share": float(moved.float().mean()),
             "reward_corr": float(torch.corrcoef(pairs)[0, 1]),
-            "proprio_mae": float(torch.cat(error).mean()),
+            "proprio_mae": float(errors_MP[:, :known].mean()),
+            **({"object_mae": float(errors_MP[:, known:].mean())} if self.world.config.objects else {}),
         }

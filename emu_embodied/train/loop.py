@@ -209,7 +209,7 @@ def run_loop(
         mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file wants a line now and then, not a film
     )
     try:
-        with _interruptible() as interrupted, bar:
+        with interruptible() as interrupted, bar:
             while run.progress.step < config.steps:
                 step, step_started = run.progress.step, clock()
                 elapsed = step_started - started
@@ -395,7 +395,7 @@ class _Run:
 
 
 @contextmanager
-def _interruptible() -> Iterator[threading.Event]:
+def interruptible() -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set; a second signal acts as usual."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -24,7 +24,7 @@ from emu_embodied.train.loop import LoopConfig, LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import LossWeights, state_loss
 from emu_embodied.train.state import has_state
 from emu_embodied.train.subgoals import SubgoalTraining
-from emu_embodied.train.windows import action_loss, clean_logits, window_tokens
+from emu_embodied.train.windows import action_loss, clean_logits, perception_loss, window_tokens
 from emu_embodied.world_config import WorldModelConfig
 from emu_embodied.world_model import WorldModel
 
@@ -41,6 +41,9 @@ class WorldTraining:
     """Weights of the kinds of token."""
     context_noise: float = 0.15
     """Largest share of frame codes of a window replaced by random ones."""
+    object_noise: float = 4.0
+    """Largest standard deviation of what a window is shown of the objects' places [bins]: in use they are the model's
+    own reading of a frame, not the truth."""
     held_out: float = 0.05
     """Share of episodes kept for evaluation."""
     noise_shift: float = 3.0
@@ -120,6 +123,8 @@ def new_world(
     spec = store.spec
     rows = tokens.rows()
     spread = torch.quantile(tokens.proprio_MP[rows].float(), torch.tensor([0.001, 0.999]), dim=0)
+    low, high = spread.tolist()
+    fitted = ProprioTokenizer.fit((*spec.proprio, *spec.objects), low, high, preset.state_bins).fields
     config = WorldModelConfig(
         env_ids=spec.env_ids,
         data_hash=store.data_hash,
@@ -129,7 +134,8 @@ def new_world(
         codebook=preset.ibq.n_embed,
         block=spec.block,
         action_dim=spec.action_dim,
-        proprio=ProprioTokenizer.fit(spec.proprio, spread[0].tolist(), spread[1].tolist(), preset.state_bins).fields,
+        proprio=fitted[: len(spec.proprio)],
+        objects=fitted[len(spec.proprio) :],
         text_length=preset.text_length,
         action_bins=preset.action_bins,
         state_bins=preset.state_bins,
@@ -194,7 +200,7 @@ def train_world(
     check_fits_preset(store, preset, frames)
     _check_out(out, resume)
     frames.ibq.to(pick_device(config.loop.device))
-    tokens = encode_dataset(store, frames, preset.cameras, out / "tokens.safetensors")
+    tokens = encode_dataset(store, frames, preset.cameras, out / "tokens.safetensors", objects=True)
     world = new_world(store, preset, frames, tokens, config.loop.seed)
     data = prepare_data(world, tokens, config.held_out)
     subgoals = SubgoalTraining(world, data, config, subtasks)
@@ -235,15 +241,16 @@ def next_token_loss(
     world: WorldModel, batch: WindowBatch, config: WorldTraining, generator: torch.Generator
 ) -> LossOutput:
     """Loss of predicting every token of a batch of windows from those before it."""
-    window = window_tokens(world, batch, config.context_noise, generator)
+    window = window_tokens(world, batch, config.context_noise, generator, object_noise=config.object_noise)
     positions = torch.arange(window.embeds_BLD.shape[1], device=world.device)
     hidden = world.backbone.core(window.embeds_BLD, positions, mask=None)
     found = clean_logits(world.backbone, world.layout, hidden, window.starts)
     loss, logs = state_loss(found, window.targets, config.weights)
     imitation = action_loss(world.backbone, world.layout, hidden, window, batch.imitate_B)
+    perception = perception_loss(world, hidden, window, config.weights)
     return LossOutput(
-        loss + config.weights.action * imitation,
-        {**logs, "action": imitation.detach()},
+        loss + config.weights.action * imitation + config.weights.proprio * perception,
+        {**logs, "action": imitation.detach(), "perception": perception.detach()},
         window.embeds_BLD[..., 0].numel(),
     )
 

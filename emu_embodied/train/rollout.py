@@ -51,7 +51,7 @@ def self_fed(
     Returns:
         The windows, and how many of the first ones show own predictions.
     """
-    window = window_tokens(world, batch, config.context_noise, generator)
+    window = window_tokens(world, batch, config.context_noise, generator, object_noise=config.object_noise)
     rows, states = batch.codes_BTN.shape[:2]
     own = round(config.own_share * rows) if config.own_steps and states > 2 else 0
     if own == 0:
@@ -60,7 +60,7 @@ def self_fed(
     data = StateTokens(head.codes_BTN, world.proprio.encode(head.proprio_BTP))
     first_B1 = torch.randint(1, states - 1, (own, 1), generator=generator)
     replaced_BT1 = (torch.arange(states) >= first_B1).to(batch.codes_BTN.device)[..., None]
-    part = window_tokens(world, head, config.context_noise, generator)
+    part = window_tokens(world, head, config.context_noise, generator, object_noise=config.object_noise)
     with torch.no_grad():
         for _ in range(config.own_steps):
             path = paths[int(torch.randint(len(paths), (), generator=generator))]

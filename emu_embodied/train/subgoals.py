@@ -169,6 +169,7 @@ def subgoal_tokens(
         condition_BTD=embeds.new_zeros(rows, steps, embeds.shape[-1]),
         action_bins_BTA=batch.subtasks_BTL.new_zeros(rows, steps, 0),
         before=StateTokens(context_BTN[:, :-1], proprio_BTP[:, :-1]),
+        seen_BO=proprio_BTP[:, 0, len(world.config.proprio) :],
         targets=targets,
     )
 
@@ -270,7 +271,7 @@ def _judge(
     bytes_ML, asked_ML = _asked_bytes(batch, layout)
     right_ML = said.text.argmax(-1) == bytes_ML
     hits_MN = logits.frame.argmax(-1) == window.targets.codes_MN
-    places = [i for i, field in enumerate(world.config.proprio) if field.unit == "m"]
+    places = [i for i, field in enumerate(world.config.proprio) if field.unit == "m"]  # the tool's
     felt = world.proprio.decode(expected_bin(logits.proprio))
     miss_M = (felt - batch.proprio_BTP[:, 1:].flatten(0, 1))[:, places].norm(dim=-1)
     moved_M = (batch.proprio_BTP[:, 1:] - batch.proprio_BTP[:, :-1]).flatten(0, 1)[:, places].norm(dim=-1)

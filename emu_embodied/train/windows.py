@@ -11,7 +11,7 @@ from emu_embodied.data.batches import WindowBatch
 from emu_embodied.decode.grammar import StateLogits, state_logits
 from emu_embodied.models.transformer import EmuForCausalLM
 from emu_embodied.tokens.sequence import SequenceLayout, StateTokens
-from emu_embodied.train.losses import StateTargets
+from emu_embodied.train.losses import LossWeights, StateTargets, ordinal_cross_entropy
 from emu_embodied.world_model import WorldModel
 
 
@@ -26,6 +26,7 @@ class WindowTokens:
         condition_BTD: continuous embedding of the T - 1 action blocks.
         action_bins_BTA: int64 [B, T - 1, A].
         before: tokens of the states 0 .. T - 2 as the clean stream shows them, [B, T - 1, ...].
+        seen_BO: int64 bins of the objects in the first state, whatever the clean stream shows of them.
         targets: of the states 1 .. T - 1, B * (T - 1) of them, window-major.
     """
 
@@ -34,6 +35,7 @@ class WindowTokens:
     condition_BTD: torch.Tensor
     action_bins_BTA: torch.Tensor
     before: StateTokens
+    seen_BO: torch.Tensor
     targets: StateTargets
 
 
@@ -43,6 +45,8 @@ def window_tokens(
     context_noise: float,
     generator: torch.Generator,
     shown: StateTokens | None = None,
+    *,
+    object_noise: float = 0.0,
 ) -> WindowTokens:
     """Tokenise and embed a batch.
 
@@ -53,13 +57,14 @@ def window_tokens(
         generator: CPU generator.
         shown: what the clean stream shows of the states [B, T, ...], if not the data with context noise; the targets
             are those of the data.
+        object_noise: see ``misjudged``.
     """
     layout, backbone = world.layout, world.backbone
     proprio_BTP = world.proprio.encode(batch.proprio_BTP)
     action_bins = world.actions.encode(batch.actions_BTKA)
     if shown is None:
         codes_BTN = disturbed(batch.codes_BTN, layout.vocabulary.vision.size, context_noise, generator)
-        shown = StateTokens(codes_BTN, proprio_BTP)
+        shown = StateTokens(codes_BTN, misjudged(proprio_BTP, world, object_noise, generator))
     condition_BTD = backbone.action_embedding(batch.actions_BTKA)
     led_to_BTD = F.pad(condition_BTD, (0, 0, 1, 0))  # no action led to the first state
     embeds = layout.interleave(
@@ -76,8 +81,9 @@ def window_tokens(
         (batch.codes_BTN[:, 1:] != batch.codes_BTN[:, :-1]).flatten(0, 1),
     )
     before = StateTokens(shown.codes[:, :-1], shown.proprio[:, :-1])
+    seen_BO = proprio_BTP[:, 0, len(world.config.proprio) :]
     starts = tuple(layout.state_offset(t) for t in range(1, batch.codes_BTN.shape[1]))
-    return WindowTokens(embeds, starts, condition_BTD, action_bins, before, targets)
+    return WindowTokens(embeds, starts, condition_BTD, action_bins, before, seen_BO, targets)
 
 
 def disturbed(codes_BTN: torch.Tensor, codebook: int, context_noise: float, generator: torch.Generator) -> torch.Tensor:
@@ -91,12 +97,48 @@ def disturbed(codes_BTN: torch.Tensor, codebook: int, context_noise: float, gene
     return torch.where(replaced.to(codes_BTN.device), random.to(codes_BTN.device), codes_BTN)
 
 
+def misjudged(
+    proprio_BTP: torch.Tensor, world: WorldModel, object_noise: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Bins as a model reads them in training: those of objects are off, as its own reading of a frame would be.
+
+    A window's error has a standard deviation drawn from U(0, object_noise) [bins]; half of its variance is the same in
+    all states, as one who misjudges a place misjudges it again.
+    """
+    rows, states = proprio_BTP.shape[:2]
+    objects = len(world.config.objects)
+    if not objects or object_noise == 0:
+        return proprio_BTP
+    spread = torch.rand(rows, 1, 1, generator=generator) * object_noise * 0.5**0.5
+    lasting = torch.randn(rows, 1, objects, generator=generator)
+    passing = torch.randn(rows, states, objects, generator=generator)
+    error_BTO = (spread * (lasting + passing)).round().long().to(proprio_BTP.device)
+    known_BTP, told_BTO = proprio_BTP.split([len(world.config.proprio), objects], -1)
+    return torch.cat([known_BTP, (told_BTO + error_BTO).clamp(0, world.config.state_bins - 1)], -1)
+
+
 def clean_logits(
     backbone: EmuForCausalLM, layout: SequenceLayout, hidden_BLD: torch.Tensor, starts: tuple[int, ...]
 ) -> StateLogits:
     """Logits of the states that begin at ``starts`` of a clean stream, window-major."""
     states_BTLD = torch.stack([hidden_BLD[:, start : start + layout.state_tokens] for start in starts], 1)
     return state_logits(backbone, layout, states_BTLD.flatten(0, 1))
+
+
+def perception_loss(
+    world: WorldModel, hidden_BLD: torch.Tensor, window: WindowTokens, weights: LossWeights
+) -> torch.Tensor:
+    """Mean cross-entropy of where the first state's frame shows the objects (0 for a model that knows of none).
+
+    Later states are scored with everything else that leads to them.
+    """
+    if not window.seen_BO.shape[1]:
+        return hidden_BLD.new_zeros(())
+    layout = world.layout
+    slots = layout.state_offset(0) + layout.proprio_slots[len(world.config.proprio) :]
+    ids = layout.vocabulary.state
+    logits = world.backbone.head(hidden_BLD[:, slots - 1], slice(ids.start, ids.stop))
+    return ordinal_cross_entropy(logits, window.seen_BO, weights.smoothing)
 
 
 def action_loss(

@@ -91,6 +91,8 @@ class View:
         cameras: name -> where from, or the name of one of the model's own cameras.
         faces: most faces of a visual mesh; those with more are decimated.
         hidden_groups: groups of geoms and sites that are not drawn.
+        hidden_sites: groups of sites that are not drawn, where they are others than those of geoms.
+        texture: longest edge of a texture in the renderer's copy [texels]; None for all of them as they are.
     """
 
     def __init__(
@@ -101,13 +103,17 @@ class View:
         cameras: dict[str, Orbit | str],
         faces: int = 400,
         hidden_groups: tuple[int, ...] = (3, 4, 5),
+        hidden_sites: tuple[int, ...] | None = None,
+        texture: int | None = None,
     ) -> None:
-        self._model, self._size, self._faces = model, size, faces
+        self._model, self._size, self._faces, self._texture = model, size, faces, texture
         self._renderer: Any = None
         self._cameras = {name: _camera(model, camera) for name, camera in cameras.items()}
         self._option = mujoco.MjvOption()
         for group in hidden_groups:
-            self._option.geomgroup[group] = self._option.sitegroup[group] = 0
+            self._option.geomgroup[group] = 0
+        for group in hidden_groups if hidden_sites is None else hidden_sites:
+            self._option.sitegroup[group] = 0
 
     def draw(self, data: Any, camera: str) -> np.ndarray:
         """uint8 [size, size, 3]; poses in ``data`` must be up to date."""
@@ -126,6 +132,8 @@ class View:
 
     def _open(self) -> Any:
         model = light_copy(self._model, self._faces)
+        if self._texture is not None:
+            _shrink_textures(model, self._texture)
         model.vis.quality.offsamples = 0
         model.vis.quality.shadowsize = 16
         model.vis.global_.offwidth = model.vis.global_.offheight = self._size
@@ -144,8 +152,7 @@ def light_copy(model: Any, faces: int) -> Any:
     """A copy whose meshes have at most ``faces`` faces, with the original's array sizes: fit for drawing only."""
     light = copy.deepcopy(model)
     for mesh in np.flatnonzero(light.mesh_facenum > faces):
-        if light.mesh_texcoordadr[mesh] < 0:  # a textured mesh would lose the places of its texture
-            _decimate(light, int(mesh), faces)
+        _decimate(light, int(mesh), faces)
     return light
 
 
@@ -154,6 +161,7 @@ def _decimate(model: Any, mesh: int, faces: int) -> None:
     vert, face, normal = int(model.mesh_vertadr[mesh]), int(model.mesh_faceadr[mesh]), int(model.mesh_normaladr[mesh])
     points = model.mesh_vert[vert : vert + model.mesh_vertnum[mesh]]
     corners = model.mesh_face[face : face + model.mesh_facenum[mesh]]
+    before, places = points.copy(), _texture_places(model, mesh)
     # Files repeat a point for each of its faces' normals; such seams would open into holes.
     points, corners = _merged(points, corners, 1e-5)
     for grain in (0.0, 0.03, 0.05, 0.08, 0.12):
@@ -166,12 +174,66 @@ def _decimate(model: Any, mesh: int, faces: int) -> None:
     if len(points) > model.mesh_vertnum[mesh] or len(normals) > model.mesh_normalnum[mesh]:
         return
     count = len(corners)
+    if places is not None:
+        if 3 * count > model.mesh_texcoordnum[mesh]:
+            return
+        start = int(model.mesh_texcoordadr[mesh])
+        model.mesh_texcoord[start : start + 3 * count] = _carried(before, places, points, corners)
+        model.mesh_facetexcoord[face : face + count] = np.arange(3 * count).reshape(-1, 3)
+        model.mesh_texcoordnum[mesh] = 3 * count
     model.mesh_vert[vert : vert + len(points)] = points
     model.mesh_face[face : face + count] = corners
     model.mesh_normal[normal : normal + len(normals)] = normals
     model.mesh_facenormal[face : face + count] = which
     model.mesh_vertnum[mesh], model.mesh_facenum[mesh], model.mesh_normalnum[mesh] = len(points), count, len(normals)
     model.mesh_graphadr[mesh] = -1  # the convex hull names vertices that are no more
+
+
+def _texture_places(model: Any, mesh: int) -> np.ndarray | None:
+    """Where on its texture each point of a mesh lies, [N, 2]; None for a mesh without."""
+    start, face, count = int(model.mesh_texcoordadr[mesh]), int(model.mesh_faceadr[mesh]), int(model.mesh_facenum[mesh])
+    if start < 0:
+        return None
+    places = np.zeros((int(model.mesh_vertnum[mesh]), 2))
+    corners = model.mesh_face[face : face + count].ravel()
+    places[corners] = model.mesh_texcoord[start + model.mesh_facetexcoord[face : face + count].ravel()]
+    return places
+
+
+def _carried(before: np.ndarray, places: np.ndarray, points: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """Places on the texture of the corners of simplified faces, [3 F, 2]: those of the nearest points of old.
+
+    Where a corner's place is far from that of its face's middle, a seam of the texture lies between, and the face takes
+    one colour.
+    """
+    middles = places[_nearest(before, points[corners].mean(1))][:, None]
+    found = places[_nearest(before, points)][corners]
+    seam = np.abs(found - middles).max(-1, keepdims=True) > 0.1
+    return np.where(seam, middles, found).reshape(-1, 2)
+
+
+def _nearest(points: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """The index of the nearest point for each that is asked for."""
+    squares = (points**2).sum(1)
+    chunks = np.array_split(asked, 1 + len(asked) * len(points) // 10**7)
+    return np.concatenate([(squares - 2 * chunk @ points.T).argmin(1) for chunk in chunks])
+
+
+def _shrink_textures(model: Any, most: int) -> None:
+    """Average textures down, in their places, until no edge of theirs (of one side of a cube) is longer than asked."""
+    for texture in range(model.ntex):
+        width, height = int(model.tex_width[texture]), int(model.tex_height[texture])
+        depth = int(model.tex_nchannel[texture])
+        factor = 1
+        while width // factor > most and width % (2 * factor) == 0 and height % (2 * factor) == 0:
+            factor *= 2
+        start = int(model.tex_adr[texture])
+        texels = model.tex_data[start : start + width * height * depth].reshape(
+            height // factor, factor, width // factor, factor, depth
+        )
+        small = np.round(texels.mean((1, 3))).astype(np.uint8)
+        model.tex_data[start : start + small.size] = small.ravel()
+        model.tex_width[texture], model.tex_height[texture] = width // factor, height // factor
 
 
 def _simplified(points: np.ndarray, corners: np.ndarray, faces: int) -> tuple[np.ndarray, np.ndarray]:

@@ -47,6 +47,7 @@ class Fetch:
         image_size: edge of the pictures [px].
     """
 
+    object_fields: tuple[Field, ...] = ()
     proprio_fields = (
         Field("ee_x", "m", 0.8, 1.8),
         Field("ee_y", "m", 0.2, 1.3),
@@ -96,6 +97,10 @@ class Fetch:
         velocity = env._utils.get_site_xvelp(env.model, env.data, "robot0:grip")
         fingers = env._utils.robot_get_obs(env.model, env.data, env._model_names.joint_names)[0][-2:]
         return np.array([*self._tool(), *velocity, fingers.sum()])
+
+    def objects(self) -> np.ndarray:
+        """See ``World``: nothing is told."""
+        return np.zeros(0)
 
     def draw(self, camera: str) -> np.ndarray:
         """See ``World``."""

@@ -76,6 +76,7 @@ class GymnasiumImageEnv(SuiteEnv):
 class _GymnasiumWorld:
     """``World`` of one environment."""
 
+    object_fields: tuple[Field, ...] = ()
     cameras: tuple[str, ...] = ("eye",)
     weights: Mapping[str, float] = {"reward": 1.0}
 
@@ -130,6 +131,10 @@ class _GymnasiumWorld:
     def proprio(self) -> np.ndarray:
         """See ``World``."""
         return np.zeros(len(self.proprio_fields)) if self._read is None else np.asarray(self._read(self._observed))
+
+    def objects(self) -> np.ndarray:
+        """See ``World``: nothing is told."""
+        return np.zeros(0)
 
     def draw(self, camera: str) -> np.ndarray:
         """See ``World``."""

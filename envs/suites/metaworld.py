@@ -115,6 +115,7 @@ class MetaWorld:
         image_size: edge of the pictures [px].
     """
 
+    object_fields: tuple[Field, ...] = ()
     proprio_fields = (
         Field("ee_x", "m", -0.525, 0.525),
         Field("ee_y", "m", 0.348, 1.025),
@@ -173,6 +174,10 @@ class MetaWorld:
         kind = mujoco.mjtObj.mjOBJ_BODY
         mujoco.mj_objectVelocity(env.model, env.data, kind, self._hand, self._velocity, 0)
         return np.array([*env.data.xpos[self._hand], *self._velocity[3:], env._prev_obs[3]])
+
+    def objects(self) -> np.ndarray:
+        """See ``World``: nothing is told."""
+        return np.zeros(0)
 
     def draw(self, camera: str) -> np.ndarray:
         """See ``World``."""

@@ -72,6 +72,7 @@ class OGBench:
         image_size: edge of the pictures [px].
     """
 
+    object_fields: tuple[Field, ...] = ()
     proprio_fields = (
         Field("ee_x", "m", 0.2, 0.65),
         Field("ee_y", "m", -0.45, 0.45),
@@ -151,6 +152,10 @@ class OGBench:
         yaw = math.atan2(rotation[3], rotation[0])
         opening = self._data.qpos[self._env._gripper_opening_joint_id] / 0.8
         return np.array([*self._tool(), *self._velocity[3:], yaw, opening])
+
+    def objects(self) -> np.ndarray:
+        """See ``World``: nothing is told."""
+        return np.zeros(0)
 
     def draw(self, camera: str) -> np.ndarray:
         """See ``World``."""

@@ -85,6 +85,7 @@ class PandaGym:
         image_size: edge of the pictures [px].
     """
 
+    object_fields: tuple[Field, ...] = ()
     cameras = tuple(_VIEWS)
     control_dt = 0.04
 
@@ -145,6 +146,10 @@ class PandaGym:
         """See ``World``."""
         robot = self._env.robot
         return np.array([*robot.get_ee_position(), *robot.get_ee_velocity(), robot.get_fingers_width()])
+
+    def objects(self) -> np.ndarray:
+        """See ``World``: nothing is told."""
+        return np.zeros(0)
 
     def draw(self, camera: str) -> np.ndarray:
         """See ``World``."""

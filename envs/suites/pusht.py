@@ -51,6 +51,12 @@ class PushT:
         Field("agent_vx", "px/s", -500.0, 500.0),
         Field("agent_vy", "px/s", -500.0, 500.0),
     )
+    object_fields = (
+        Field("block_x", "px", 0.0, 512.0),
+        Field("block_y", "px", 0.0, 512.0),
+        Field("block_sin", "1", -1.0, 1.0),
+        Field("block_cos", "1", -1.0, 1.0),
+    )
     action_dim = 2
     cameras = ("top",)
     weights = {"coverage": 1.0}  # noqa: RUF012 (never changed)
@@ -80,6 +86,11 @@ class PushT:
     def proprio(self) -> np.ndarray:
         """See ``World``."""
         return np.array(self._state.agent)
+
+    def objects(self) -> np.ndarray:
+        """See ``World``: the block's position and angle."""
+        x, y, angle = self._state.block[:3]
+        return np.array([x, y, np.sin(angle), np.cos(angle)])
 
     def draw(self, camera: str) -> np.ndarray:
         """See ``World``."""

@@ -37,6 +37,8 @@ class World(Protocol):
     """One task of a suite. Everything that happens is a function of ``save``'s value and the actions."""
 
     proprio_fields: tuple[Field, ...]
+    object_fields: tuple[Field, ...]
+    """What ``objects`` tells; may be empty."""
     action_dim: int
     """A."""
     cameras: tuple[str, ...]
@@ -67,6 +69,10 @@ class World(Protocol):
 
     def proprio(self) -> np.ndarray:
         """Vector [P], in the units of ``proprio_fields``; may leave their ranges."""
+        ...
+
+    def objects(self) -> np.ndarray:
+        """Vector [O]: where the things are that the task is about, in the units of ``object_fields``."""
         ...
 
     def draw(self, camera: str) -> np.ndarray:
@@ -155,6 +161,7 @@ class SuiteEnv(gymnasium.Env):
         self.image_size = image_size
         self.max_episode_steps = max_episode_steps or world.max_episode_steps
         self.proprio_fields = world.proprio_fields
+        self.object_fields = world.object_fields
         self._low = np.array([f.low for f in self.proprio_fields], np.float32)
         self._high = np.array([f.high for f in self.proprio_fields], np.float32)
         self._elapsed = 0
@@ -202,7 +209,8 @@ class SuiteEnv(gymnasium.Env):
         """The present state as an observation."""
         self._check_running()
         frames = {name: self.world.draw(name) for name in self.cameras} if render else {}
-        return Observation(frames, self._proprio(), self.world.instruction)
+        objects = np.asarray(self.world.objects(), np.float32)
+        return Observation(frames, self._proprio(), self.world.instruction, objects)
 
     def step_block(self, actions_KA: np.ndarray, *, render: bool = True) -> Transition:
         """Apply K actions (any K); pictures are drawn only of the state reached, and only if ``render``."""

@@ -11,8 +11,14 @@ from emu_embodied.data.episodes import DatasetSpec
 from emu_embodied.records import Episode, Field, Observation, Transition
 
 FIELDS = (Field("x", "m", -1.0, 1.0), Field("goal", "m", -1.0, 1.0))
+GOAL = FIELDS[1:]
 SPEC = DatasetSpec(
-    env_ids=("Dot-v0", "Dash-v0"), block=3, action_dim=2, cameras={"front": (8, 6), "wrist": (8, 6)}, proprio=FIELDS
+    env_ids=("Dot-v0", "Dash-v0"),
+    block=3,
+    action_dim=2,
+    cameras={"front": (8, 6), "wrist": (8, 6)},
+    proprio=FIELDS,
+    objects=GOAL,
 )
 
 
@@ -30,6 +36,7 @@ def make_episode(seed: int = 0, blocks: int = 4, env_id: str = "Dot-v0", **chang
         "reward_T": rng.random(blocks + 1, np.float32),
         "success_T": rng.random(blocks + 1) < 0.3,
         "phases": tuple(f"phase {i % 2}" for i in range(blocks)),
+        "objects_TO": rng.normal(size=(blocks + 1, 1)).astype(np.float32),
     }
     return Episode(**(values | changes))
 
@@ -39,7 +46,7 @@ class DotSimulator:
 
     def __init__(self, env_id: str, size: int = 8, block: int = 3) -> None:
         self.env_id, self.size, self.block = env_id, size, block
-        self.proprio_fields = FIELDS
+        self.proprio_fields, self.object_fields = FIELDS, GOAL
         self.action_space = SimpleNamespace(shape=(2,))
         self.x = self.goal = 0.0
         self.left = 0
@@ -53,8 +60,9 @@ class DotSimulator:
         frame = np.zeros((self.size, 6, 3), np.uint8)
         frame[int((self.x + 1) / 2 * (self.size - 1)), 2] = 255
         return Observation(
-            {"front": frame, "wrist": 255 - frame}, np.array([self.x, self.goal], np.float32), f"{self.env_id} go"
-        )
+            {"front": frame, "wrist": 255 - frame}, np.array([self.x, self.goal], np.float32), f"{self.env_id} go",
+            np.array([self.goal], np.float32),
+        )  # fmt: skip
 
     def reward(self) -> float:
         return float(1 - abs(self.x - self.goal) / 2)

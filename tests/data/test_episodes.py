@@ -129,7 +129,8 @@ def truncate(path: Path) -> None:
 
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 255
+    middle = len(content) // 2
+    content[middle : middle + 16] = bytes(byte ^ 255 for byte in content[middle : middle + 16])
     path.write_bytes(bytes(content))
 
 

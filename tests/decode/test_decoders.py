@@ -50,7 +50,8 @@ def assert_same(found: StateLogits, expected: StateLogits) -> None:
 
 def prefix_embeds(world) -> torch.Tensor:
     """The stream up to the observed state, [PLANS, L, D]."""
-    _, _, state = world._state(tiny.observation(EPISODE, 0), None)
+    tokens = tiny.seen(world, tiny.observation(EPISODE, 0))
+    state = world.backbone.embed(world.layout.state_ids(tokens.codes, tokens.proprio)[None])
     return torch.cat([world._text(EPISODE.instruction), state], 1).expand(PLANS, -1, -1)
 
 

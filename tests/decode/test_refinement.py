@@ -48,11 +48,12 @@ def generator(seed=0):
 
 def clean_stream(world) -> tuple[torch.Tensor, torch.Tensor, StateTokens]:
     """What is known before the first imagined state, [S, T, D]; its condition; and the state seen last."""
-    codes, proprio, state = world._state(tiny.observation(EPISODE, 0), None)
+    tokens = tiny.seen(world, tiny.observation(EPISODE, 0))
+    state = world.backbone.embed(world.layout.state_ids(tokens.codes, tokens.proprio)[None])
     actions = tiny.plans(PLANS, 1)[:, 0]
     embeds, condition = world._act(actions)
     known = torch.cat([world._text(EPISODE.instruction), state], 1).expand(PLANS, -1, -1)
-    return torch.cat([known, embeds], 1), condition, StateTokens(codes, world.proprio.encode(proprio)).expand(PLANS)
+    return torch.cat([known, embeds], 1), condition, tokens.expand(PLANS)
 
 
 def at(tokens: StateTokens, rows: slice) -> StateTokens:

@@ -45,16 +45,15 @@ def as_window(world: WorldModel, steps: int, seed: int):
     """What was decoded, and the same as a training window."""
     layout = world.layout
     instruction = layout.text_ids(world.text.encode(SEEN.instruction))[None]
-    codes, proprio, _ = world._state(SEEN, None)
-    current = StateTokens(codes, world.proprio.encode(proprio)).expand(1)
+    current = tiny.seen(world, SEEN).expand(1)
     decoder = SubgoalDecoder(world.backbone, layout, world.decoder)
     found = decoder.decode(instruction, current, steps, seeded(seed))
     states = [f.state for f in found]
-    bins = torch.cat([world.proprio.encode(proprio)[None], *(state.proprio_SP for state in states)])
+    bins = torch.cat([current.proprio, *(state.proprio_SP for state in states)])
     batch = SubgoalBatch(
         instruction,
         torch.stack([layout.text_ids(list(f.text)) for f in found])[None],
-        torch.cat([codes[None], *(state.codes_SN for state in states)])[None],
+        torch.cat([current.codes, *(state.codes_SN for state in states)])[None],
         world.proprio.decode(bins)[None],
         torch.zeros(1, steps + 1),
         torch.zeros(1, steps + 1, dtype=torch.bool),

@@ -16,6 +16,7 @@ class FakeWorld:
     """``World``: a point that moves by a tenth of the action, towards a goal, with some memory in a counter."""
 
     proprio_fields = (Field("x", "m", -1.0, 1.0), Field("y", "m", -1.0, 1.0))
+    object_fields = (Field("goal_x", "m", -1.0, 1.0), Field("goal_y", "m", -1.0, 1.0))
     action_dim = 2
     cameras = ("eye", "other")
     weights = {"near": 0.75, "still": 0.25}  # noqa: RUF012
@@ -43,6 +44,9 @@ class FakeWorld:
 
     def proprio(self) -> np.ndarray:
         return np.array(self.state[:2])
+
+    def objects(self) -> np.ndarray:
+        return np.array(self.state[2:4])
 
     def draw(self, camera: str) -> np.ndarray:
         frame = np.full((self.size, self.size, 3), 40 if camera == "eye" else 90, np.uint8)

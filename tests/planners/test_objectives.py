@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from emu_embodied.planners.objectives import (
     GoalImage,
+    GoalObjects,
     GoalProprio,
     PredictedReward,
     PredictedSuccess,
@@ -95,3 +96,18 @@ def test_weighted_sum():
     imagined = future(reward=[[0.2] * 3, [0.4] * 3], success=[[0.5] * 3, [0.0] * 3])
     total = WeightedSum(((2.0, PredictedReward()), (10.0, PredictedSuccess(discount=1.0))))(imagined)
     assert total.tolist() == pytest.approx([-0.4 - 5.0, -0.8])
+
+
+def test_objects_near_their_goal_cost_less_whatever_their_unit():
+    fields = (Field("x", "px", 0.0, 512.0), Field("cos", "1", -1.0, 1.0))
+    objects = torch.tensor([[[0.0, 0.0], [256.0, 1.0]], [[0.0, 0.0], [256.0, 0.0]], [[256.0, 1.0], [0.0, 1.0]]])
+    zeros = torch.zeros(3, 2)
+    futures = Imagination(None, torch.zeros(3, 2, 1), zeros, zeros, objects)
+    goal = GoalObjects(torch.tensor([256.0, 1.0]), fields, running_weight=0.0)
+    torch.testing.assert_close(goal(futures), torch.tensor([0.0, 0.5 / 2**0.5, 0.5 / 2**0.5]))
+    running = GoalObjects(torch.tensor([256.0, 1.0]), fields, running_weight=1.0)(futures)
+    assert running.argmin() == 0 and running[0] > 0
+    with pytest.raises(ValueError, match="knows of no objects"):
+        goal(Imagination(None, torch.zeros(3, 2, 1), zeros, zeros))
+    with pytest.raises(ValueError, match="names 1 numbers"):
+        GoalObjects(torch.zeros(1), fields)

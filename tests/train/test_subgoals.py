@@ -32,7 +32,12 @@ def make_store(folder: Path) -> EpisodeStore:
     """Episodes of two approaching and three pushing blocks, solved at the end."""
     sizes = dict.fromkeys(tiny.CAMERAS, (tiny.SIZE, tiny.SIZE))
     spec = DatasetSpec(
-        env_ids=("Dot-v0",), block=tiny.BLOCK, action_dim=tiny.ACTIONS, cameras=sizes, proprio=tiny.FIELDS
+        env_ids=("Dot-v0",),
+        block=tiny.BLOCK,
+        action_dim=tiny.ACTIONS,
+        cameras=sizes,
+        proprio=tiny.FIELDS,
+        objects=tiny.OBJECTS,
     )
     store = EpisodeStore.create(folder, spec)
     for seed in range(8):

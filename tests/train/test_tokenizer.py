@@ -61,7 +61,7 @@ def store(tmp_path_factory):
                 actions_TKA=np.zeros((BLOCKS, 2, 1), np.float32),
                 rewards_TK=np.zeros((BLOCKS, 2), np.float32),
                 reward_T=np.zeros(BLOCKS + 1, np.float32),
-                success_T=np.zeros(BLOCKS + 1, bool),
+                success_T=np.zeros(BLOCKS + 1, bool), objects_TO=np.zeros((BLOCKS + 1, 0), np.float32),
             )
         )  # fmt: skip
     return store

@@ -1,0 +1,82 @@
+"""The pieces of a world model: whether they fit, and as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from emu_embodied.models.ibq import IBQ
+from emu_embodied.models.loading import placed, quietly
+from emu_embodied.models.transformer import EmuForCausalLM
+from emu_embodied.tokens.frames import IBQFrameTokenizer
+from emu_embodied.tokens.text import ByteTokenizer, TextTokenizer
+from emu_embodied.world_config import WorldModelConfig
+
+Pieces = tuple[EmuForCausalLM, IBQFrameTokenizer, TextTokenizer | None]
+
+
+def read_pieces(
+    folder: Path, tokens: Literal["compact", "emu3.5"], device: str | torch.device, backbone: dict[str, Any]
+) -> Pieces:
+    """Read what ``write_pieces`` wrote.
+
+    Args:
+        folder: checkpoint folder.
+        tokens: which ids it was written with.
+        device: where to compute.
+        backbone: to ``EmuForCausalLM.from_pretrained``.
+
+    Raises:
+        ValueError: for a missing, damaged or foreign file.
+    """
+    with quietly():
+        loaded = placed(EmuForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **backbone}), device)
+    frames = IBQFrameTokenizer(IBQ.from_pretrained(folder / "tokenizer", device))
+    return loaded, frames, TextTokenizer.from_pretrained(folder) if tokens == "emu3.5" else None
+
+
+def write_pieces(folder: Path, backbone: EmuForCausalLM, frames: IBQFrameTokenizer, text: TextTokenizer | None) -> None:
+    """Write config.json, model.safetensors, tokenizer/ and any ``emu3.tiktoken``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with quietly():
+        backbone.save_pretrained(folder)
+    frames.save_pretrained(folder / "tokenizer")
+    if text is not None:
+        text.save_pretrained(folder)
+
+
+def check_pieces(
+    config: WorldModelConfig, backbone: EmuForCausalLM, frames: IBQFrameTokenizer, text: TextTokenizer | None
+) -> None:
+    """Whether the pieces are those that a configuration names.
+
+    Raises:
+        ValueError: naming what differs, with both values.
+    """
+    layout = config.layout
+    if backbone.config.vocab_size != layout.vocabulary.size:
+        raise ValueError(f"backbone has {backbone.config.vocab_size} ids, world.json lays out {layout.vocabulary.size}")
+    actions = (backbone.config.action_block, backbone.config.action_dim)
+    if actions != (config.block, config.action_dim):
+        raise ValueError(
+            f"backbone embeds action blocks of {actions}, world.json names {(config.block, config.action_dim)}"
+        )
+    rows, columns = frames.grid
+    if (frames.codebook_size, frames.image_size, rows * columns) != (
+        config.codebook,
+        config.image_size,
+        config.camera_tokens,
+    ):
+        raise ValueError(
+            f"tokenizer makes {rows * columns} tokens of {frames.codebook_size} codes from {frames.image_size}-px "
+            f"frames, world.json names {config.camera_tokens} of {config.codebook} from {config.image_size} px"
+        )
+    if (config.tokens == "emu3.5") != (text is not None):
+        raise ValueError("Emu3.5's ids and Emu3.5's text tokenizer belong together: give both or neither")
+
+
+def official_text(text: ByteTokenizer | TextTokenizer) -> TextTokenizer | None:
+    """Emu3.5's text tokenizer, or None for bytes, which need no file."""
+    return text if isinstance(text, TextTokenizer) else None

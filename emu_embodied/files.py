@@ -1,4 +1,7 @@
-"""Files that are either whole or absent: written beside their place and renamed into it."""
+"""Files that are either whole or absent: written beside their place and renamed into it.
+
+Their modes follow the umask, whoever wrote them: safetensors' writer makes files that only their owner can read.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     aside = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         write(aside)
-        os.replace(aside, path)
+        publish(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def publish(aside: Path, path: Path) -> None:
+    """Rename a finished file to its place on the same disk, readable for whom the umask says."""
+    fresh = path.with_name(f".{path.stem}.{os.getpid()}.mode.tmp")
+    try:
+        fresh.touch()
+        os.chmod(aside, fresh.stat().st_mode)
+    finally:
+        fresh.unlink(missing_ok=True)
+    os.replace(aside, path)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -9,7 +9,6 @@ Shape letters: B batch, T new tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -20,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from emu_embodied.files import write_json
+from emu_embodied.files import publish, write_json
 from emu_embodied.models.cache import BorrowedCache, KVCache
 from emu_embodied.models.checkpoints import compare_shapes, read_config, read_folder_shapes
 from emu_embodied.models.config import EmuConfig
@@ -127,7 +126,7 @@ class EmuForCausalLM(PreTrainedModel, GenerationMixin):
             written = sorted(Path(aside).iterdir(), key=lambda path: path.name == "config.json")
             stale = {*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")}
             for path in written:
-                os.replace(path, folder / path.name)
+                publish(path, folder / path.name)
             for path in stale - {folder / path.name for path in written}:
                 path.unlink()
 

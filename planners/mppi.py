@@ -59,7 +59,7 @@ class MPPI:
         mean_MA = search.start_MA
         std_MA = torch.full_like(mean_MA, config.init_std)
         for _ in range(config.iterations):
-            knots_SMA = search.draw(mean_MA, std_MA, config.samples)
+            knots_SMA = search.candidates(mean_MA + std_MA * search.noise(config.samples), mean_MA)
             cost_S = search.score(knots_SMA)
             elite_S = lowest(cost_S, config.elites)
             elites_SMA, elite_cost_S = knots_SMA[elite_S], cost_S[elite_S]

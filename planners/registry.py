@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from emu_embodied.planners.cem import CEM, CEMConfig, ICEMConfig
+from emu_embodied.planners.beam import BeamConfig, BeamSearch
+from emu_embodied.planners.cem import CEM, CategoricalConfig, CEMConfig, ICEMConfig
 from emu_embodied.planners.mppi import MPPI, MPPIConfig
 from emu_embodied.planners.objectives import PredictedReward, PredictedSuccess, WeightedSum
 from emu_embodied.planners.proposals import ProposedPlanner
@@ -17,10 +19,22 @@ from emu_embodied.protocols import Objective
 PLANNERS: dict[str, tuple[type[SearchConfig], type[Any]]] = {
     "cem": (CEMConfig, CEM),
     "icem": (ICEMConfig, CEM),
+    "categorical": (CategoricalConfig, CEM),
     "mppi": (MPPIConfig, MPPI),
+    "beam": (BeamConfig, BeamSearch),
     "shooting": (SearchConfig, RandomShooting),
 }
 """Name -> (config class, planner class); every planner is made as ``planner(space, config)``."""
+
+
+def has_setting(name: str, setting: str) -> bool:
+    """Whether a planner of that name has a setting.
+
+    Raises:
+        ValueError: for an unknown name; the nearest one is named.
+    """
+    _check_known(name, PLANNERS, "planner")
+    return setting in {field.name for field in fields(PLANNERS[name][0])}
 
 
 def make_planner(name: str, space: PlanSpace, **settings: Any) -> ProposedPlanner:
@@ -31,6 +45,8 @@ def make_planner(name: str, space: PlanSpace, **settings: Any) -> ProposedPlanne
     """
     _check_known(name, PLANNERS, "planner")
     config_class, planner_class = PLANNERS[name]
+    for setting in settings:
+        _check_known(setting, dict.fromkeys(field.name for field in fields(config_class)), f"setting of {name}")
     return planner_class(space, config_class(**settings))
 
 

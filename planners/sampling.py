@@ -189,53 +189,59 @@ class Search:
         self._generator = generator
         self._proposals = proposals
         if warm_start is None:
-            starts_SMA = torch.zeros(1, space.knots, space.action_dim, device=generator.device)
+            self.starts_SMA = torch.zeros(1, space.knots, space.action_dim, device=generator.device)
         else:
             several = warm_start[None] if warm_start.ndim == 3 else warm_start
-            starts_SMA = space.to_knots(several.to(generator.device))
-        self.start_MA, self._others_SMA = starts_SMA[0], starts_SMA[1:]
-        self._best_SMA, self._best_cost_S = starts_SMA[:0], starts_SMA.new_empty(0)
+            self.starts_SMA = space.to_knots(several.to(generator.device))
+        self.start_MA = self.starts_SMA[0]
+        self._best_SMA, self._best_cost_S = self.starts_SMA[:0], self.starts_SMA.new_empty(0)
         self._best_costs: list[float] = []
         self._evaluations = 0
 
-    def draw(self, mean_MA: torch.Tensor, std_MA: torch.Tensor, count: int) -> torch.Tensor:
-        """Candidates [S, M, A] around a mean, clipped to the box; the first is the mean itself.
+    def noise(self, count: int) -> torch.Tensor:
+        """Noise [S, M, A] of unit variance for so many candidates."""
+        return self.config.noise(count, *self.start_MA.shape, self._generator)
 
-        Those of the first iteration also hold where the search starts (as the first), the other warm starts and
-        what is proposed, as far as ``count`` goes.
+    def candidates(self, drawn_SMA: torch.Tensor, centre_MA: torch.Tensor) -> torch.Tensor:
+        """What an iteration tries [S, M, A]: what was drawn, clipped to the box, the first replaced by the centre.
+
+        Those of the first iteration also hold where the search starts (as the first), what is proposed, and the other
+        warm starts, as far as there is room.
         """
-        noise_SMA = self.config.noise(count, *mean_MA.shape, self._generator)
-        knots_SMA = mean_MA + std_MA * noise_SMA
-        given_SMA = mean_MA[None] if self._best_costs else self._given(count)
-        knots_SMA[: len(given_SMA)] = given_SMA
-        return knots_SMA.clamp_(-1.0, 1.0)
+        given_SMA = centre_MA[None] if self._best_costs else self._given(len(drawn_SMA))
+        return torch.cat([given_SMA, drawn_SMA[len(given_SMA) :]]).clamp_(-1.0, 1.0)
 
     def _given(self, count: int) -> torch.Tensor:
         """The candidates of the first iteration that are not drawn, at most ``count``: [S, M, A]."""
-        given = [self.start_MA[None], self._others_SMA]
+        given = [self.starts_SMA[:1], self.starts_SMA[1:]]
         proposed = round(self.config.proposal_share * count)
         if self._proposals is not None and proposed > 0:
             actions_SHKA = propose(self._proposals, proposed, self.space.shape, self._generator)
             given.insert(1, self.space.to_knots(actions_SHKA.to(self.start_MA.device)))
         return torch.cat(given)[:count]
 
-    def score(self, knots_SMA: torch.Tensor) -> torch.Tensor:
+    def score(self, knots_SMA: torch.Tensor, *, whole: bool = True) -> torch.Tensor:
         """Costs float32 [S] of one iteration's candidates; those that are not finite count as the worst (``inf``).
+
+        Args:
+            knots_SMA: the candidates.
+            whole: they are plans, the cheapest of which are remembered; else they are beginnings of plans.
 
         Raises:
             ValueError: if ``evaluate`` returns another shape, or no finite cost at all.
         """
-        cost_S = self.costs(knots_SMA)
+        cost_S = self._costs(knots_SMA)
         if not bool(cost_S.isfinite().any()):
             raise ValueError(
                 f"none of the {len(cost_S)} candidate plans has a finite cost: check the objective and the model's "
                 "predictions (diverged weights, a goal with NaN)"
             )
-        cost_of_all_S = torch.cat([self._best_cost_S, cost_S])
-        best_S = lowest(cost_of_all_S, 1 + self.config.carried)
-        self._best_SMA = torch.cat([self._best_SMA, knots_SMA])[best_S]
-        self._best_cost_S = cost_of_all_S[best_S]
-        self._best_costs.append(float(self._best_cost_S[0]))
+        if whole:
+            cost_of_all_S = torch.cat([self._best_cost_S, cost_S])
+            best_S = lowest(cost_of_all_S, 1 + self.config.carried)
+            self._best_SMA = torch.cat([self._best_SMA, knots_SMA])[best_S]
+            self._best_cost_S = cost_of_all_S[best_S]
+            self._best_costs.append(float(self._best_cost_S[0]))
         return cost_S
 
     def best(self) -> SearchedPlan:
@@ -244,7 +250,7 @@ class Search:
 
     def answer(self, knots_MA: torch.Tensor) -> SearchedPlan:
         """These knots as the plan, at the price of one more evaluation; the best if their cost is not finite."""
-        cost = float(self.costs(knots_MA[None])[0])
+        cost = float(self._costs(knots_MA[None])[0])
         if cost == torch.inf:
             return self.best()
         return self._plan(knots_MA, cost, self._best_SMA[: self.config.carried])
@@ -258,12 +264,7 @@ class Search:
             carried_SHKA=self.space.expand(carried_SMA) if len(carried_SMA) else None,
         )
 
-    def costs(self, knots_SMA: torch.Tensor) -> torch.Tensor:
-        """Costs float32 [S] of candidates that are no plans to be remembered; see ``score``.
-
-        Raises:
-            ValueError: if ``evaluate`` returns another shape.
-        """
+    def _costs(self, knots_SMA: torch.Tensor) -> torch.Tensor:
         samples = len(knots_SMA)
         cost_S = self._evaluate(self.space.expand(knots_SMA)).detach()
         if tuple(cost_S.shape) != (samples,):

@@ -28,9 +28,9 @@ class RandomShooting:
         proposals: Proposals | None = None,
     ) -> Plan:
         """Search beside a warm start (or zeros); see ``emu_embodied.planners.proposals.ProposedPlanner``."""
-        search = Search(self.space, self.config, evaluate, warm_start, generator, proposals)
+        config = self.config
+        search = Search(self.space, config, evaluate, warm_start, generator, proposals)
         centre_MA = torch.zeros_like(search.start_MA)
-        std_MA = torch.full_like(centre_MA, self.config.init_std)
-        for _ in range(self.config.iterations):
-            search.score(search.draw(centre_MA, std_MA, self.config.samples))
+        for _ in range(config.iterations):
+            search.score(search.candidates(config.init_std * search.noise(config.samples), centre_MA))
         return search.best()

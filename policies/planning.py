@@ -9,10 +9,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from emu_embodied.planners.costs import averaged, penalised
 from emu_embodied.planners.dynamics import ImaginedDynamics, Tokenize, TrueDynamics, evaluator
 from emu_embodied.planners.objectives import GoalImage, GoalProprio, WeightedSum
+from emu_embodied.planners.proposals import Proposals, ProposedPlanner
 from emu_embodied.planners.sampling import carry
-from emu_embodied.protocols import Objective, Planner, Simulator, WorldModel
+from emu_embodied.protocols import Dynamics, Objective, Simulator, WorldModel
 from emu_embodied.records import Field, Imagination, Observation
 from emu_embodied.viz.trace import Decision, Future
 
@@ -104,6 +106,26 @@ class TrueSource:
         return self._dynamics
 
 
+class Guide(Protocol):
+    """A policy that follows an episode and has a say in its plans."""
+
+    def reset(self, observation: Observation) -> None:
+        """An episode starts."""
+        ...
+
+    def advance(self, action_KA: np.ndarray, observation: Observation) -> None:
+        """A block was executed and led to ``observation``."""
+        ...
+
+    def proposals(self, dynamics: Dynamics, generator: torch.Generator) -> Proposals:
+        """What it would do from the present state; ``generator`` is of the noise of ``dynamics``."""
+        ...
+
+    def strangeness(self, actions_SHKA: torch.Tensor) -> torch.Tensor:
+        """How unlikely it finds plans, float32 [S]; see ``emu_embodied.planners.costs``."""
+        ...
+
+
 class GoalSimulator(Protocol):
     """A simulator that can show its task solved."""
 
@@ -163,6 +185,9 @@ class PlanningPolicy:
         source: what candidates are evaluated with.
         seed: of all random numbers; every episode starts from it, so the same episode gives the same actions.
         replan_every: blocks of a plan that are executed before the next search.
+        guide: proposes candidates to the planner; how many is the planner's to say.
+        strangeness: weight, beside the objective, of how unlikely the guide finds a plan.
+        decodes: imaginations of each candidate, whose costs are averaged.
         record: keep what each plan was expected to lead to, and what the model foretells of the executed actions
             (``decisions`` and ``hindsight``), with frames. Costs a few more imagined futures, none of them counted in
             ``Decision.seconds``.
@@ -170,21 +195,29 @@ class PlanningPolicy:
 
     def __init__(
         self,
-        planner: Planner,
+        planner: ProposedPlanner,
         objective: Objective,
         source: DynamicsSource,
         *,
         seed: int = 0,
         replan_every: int = 1,
+        guide: Guide | None = None,
+        strangeness: float = 0.0,
+        decodes: int = 1,
         record: bool = False,
     ):
         if replan_every < 1:
             raise ValueError(f"replan_every must be at least 1 block, got {replan_every}")
+        if strangeness < 0 or (strangeness > 0 and guide is None):
+            raise ValueError(f"strangeness={strangeness} must not be negative, and needs a guide to judge it")
         self.planner = planner
         self.objective = objective
         self.source = source
         self.seed = seed
         self.replan_every = replan_every
+        self.guide = guide
+        self.strangeness = strangeness
+        self.decodes = decodes
         self.record = record
         self.decisions: list[Decision] = []
         self.hindsight: list[Future] = []
@@ -201,6 +234,8 @@ class PlanningPolicy:
         self._search_generator.manual_seed(self.seed)
         self._model_generator.manual_seed(self.seed)
         self.source.reset(observation)
+        if self.guide is not None:
+            self.guide.reset(observation)
         if isinstance(self.objective, GoalOfEpisode):
             self.objective.reset()
 
@@ -208,6 +243,8 @@ class PlanningPolicy:
         """The next block float32 [K, A]; the one returned before is taken to have led to ``observation``."""
         if self._executed:
             self.source.advance(self._executed[-1], observation)
+            if self.guide is not None:
+                self.guide.advance(self._executed[-1], observation)
         block = len(self._executed)
         if self._fresh or not self.decisions or block - self.decisions[-1].block >= self._blocks_per_plan():
             self._decide(block)
@@ -237,8 +274,13 @@ class PlanningPolicy:
         if self.decisions and not self._fresh:
             previous = self.decisions[-1]
             warm_start = carry(previous.plan, block - previous.block)
-        evaluate = evaluator(dynamics, self.objective, self._model_generator)
-        plan = self.planner.plan(evaluate, warm_start, self._search_generator)
+        evaluate = averaged(evaluator(dynamics, self.objective, self._model_generator), self.decodes)
+        proposals = None
+        if self.guide is not None:
+            proposals = self.guide.proposals(dynamics, self._model_generator)
+            if self.strangeness > 0:
+                evaluate = penalised(evaluate, self.guide.strangeness, self.strangeness)
+        plan = self.planner.plan(evaluate, warm_start, self._search_generator, proposals)
         self._fresh = False
         seconds = time.perf_counter() - began
         future = None

@@ -6,19 +6,30 @@ import warnings
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from emu_embodied.planners.registry import find_objective, make_planner
+from emu_embodied.planners.proposals import ProposedPlanner
+from emu_embodied.planners.registry import find_objective, has_setting, make_planner
 from emu_embodied.planners.sampling import PlanSpace
 from emu_embodied.planners.subgoals import Pursuit, SubgoalSettings
 from emu_embodied.policies.episode import EpisodeSimulator
-from emu_embodied.policies.planning import DynamicsSource, GoalOfEpisode, ImaginedSource, PlanningPolicy, TrueSource
+from emu_embodied.policies.planning import (
+    DynamicsSource,
+    GoalOfEpisode,
+    Guide,
+    ImaginedSource,
+    PlanningPolicy,
+    TrueSource,
+)
 from emu_embodied.policies.random import RandomPolicy
 from emu_embodied.policies.subgoals import SubgoalPolicy
 from emu_embodied.policies.token import ActingSettings, TokenPolicy
 from emu_embodied.protocols import Objective, Policy, SubgoalModel, WorldModel
+
+if TYPE_CHECKING:
+    from emu_embodied.acting import Actor
 
 POLICIES: dict[str, str] = {
     "random": "uniformly random blocks",
@@ -51,14 +62,26 @@ class PlanningBudget:
     """Standard deviation of the first candidates [action units; the box is 2 wide]."""
     correlation: float = 0.5
     """Correlation of neighbouring knots' noise, in [0, 1)."""
+    beta: float | None = None
+    """Exponent of coloured noise, in the place of ``correlation``: 0 is white, 2 drifts. The planner's own if left out."""
+    decodes: int = 1
+    """Imaginations of each candidate, whose costs are averaged; each costs as much as a candidate."""
+    proposals: float = 0.0
+    """Share of the first candidates (of the blocks that beam tries) that the checkpoint's token policy proposes, in
+    [0, 1]."""
+    proposal_temperature: float = 1.0
+    """Of what the token policy proposes."""
+    strangeness: float = 0.0
+    """Weight, beside the objective, of how unlikely the token policy finds a plan's first block: 0 for what it would do
+    for sure, 1 where all blocks are alike to it."""
     answer: Literal["best", "mean"] = "mean"
-    """What cem and mppi return: the cheapest candidate, or their last mean (one candidate more), which a noisy model
-    flatters less."""
+    """What a planner that refines returns: the cheapest candidate, or its last mean (one candidate more), which a noisy
+    model flatters less."""
 
     @property
     def evaluations(self) -> int:
-        """Candidate futures per decision."""
-        return self.samples * self.iterations
+        """Imagined futures per decision, those behind proposals not counted."""
+        return self.samples * self.iterations * self.decodes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +93,7 @@ class PolicySpec:
     checkpoint: str = "nano"
     """World model of the imagining policies and of ``token``: a shipped name or a folder."""
     planner: str = "cem"
-    """Planner of ``imagined`` and ``true``: cem, mppi or shooting."""
+    """Planner of ``imagined`` and ``true``: one of ``PLANNERS``."""
     objective: str = "reward"
     """What planning policies search for: reward, success, both of these, or goal (the goal picture and place)."""
     budget: PlanningBudget = field(default_factory=PlanningBudget)
@@ -78,7 +101,7 @@ class PolicySpec:
     subgoals: SubgoalSettings = field(default_factory=SubgoalSettings)
     """How ``subgoals`` and ``true_subgoals`` go from one subtask to the next."""
     acting: ActingSettings = field(default_factory=ActingSettings)
-    """How ``token`` decides."""
+    """How ``token`` decides, and how much of the past it looks at where it proposes."""
     device: str = "cpu"
     """Device of the world model."""
 
@@ -99,9 +122,14 @@ class PolicySpec:
         return self.name in ("shooting", "imagined", "subgoals")
 
     @property
+    def guided(self) -> bool:
+        """Whether the token policy has a say in its plans; shooting is a control and stays unguided."""
+        return self.plans and self.name != "shooting" and (self.budget.proposals > 0 or self.budget.strangeness > 0)
+
+    @property
     def looks(self) -> bool:
         """Whether it looks at frames."""
-        return self.imagines or self.names_subtasks or self.name == "token"
+        return self.imagines or self.names_subtasks or self.guided or self.name == "token"
 
     @property
     def names_subtasks(self) -> bool:
@@ -166,13 +194,7 @@ def make_policy(
         how = f" with objective {spec.objective}" if spec.plans else ""
         raise ValueError(f"the {spec.name} policy{how} needs a world model: give a checkpoint")
     if spec.name == "token":
-        from emu_embodied.acting import Actor  # slow to import, as below
-        from emu_embodied.world_model import WorldModel as TrainedWorldModel
-
-        if not isinstance(world_model, TrainedWorldModel):
-            raise ValueError(f"{type(world_model).__name__} emits no action tokens: give a checkpoint")
-        actor = Actor(world_model, context_states=spec.acting.context_states)
-        return TokenPolicy(actor, temperature=spec.acting.temperature, seed=seed)
+        return TokenPolicy(_actor(world_model, spec.acting), temperature=spec.acting.temperature, seed=seed)
     objective: Objective
     source: DynamicsSource
     if spec.names_subtasks and world_model is not None:
@@ -194,28 +216,58 @@ def make_policy(
             )
         source = ImaginedSource(world_model)
     budget = spec.budget
-    space = PlanSpace(
-        horizon=budget.horizon,
-        block=simulator.block,
-        action_dim=action_dim,
-        knots_per_block=budget.knots_per_block,
-    )
-    planner_name = "shooting" if spec.name == "shooting" else spec.planner
-    refining = {} if planner_name == "shooting" else {"answer": budget.answer}
-    planner = make_planner(
-        planner_name,
-        space,
-        samples=budget.samples,
-        iterations=budget.iterations,
-        init_std=budget.init_std,
-        correlation=budget.correlation,
-        **refining,
-    )
-    options: dict[str, Any] = {"seed": seed, "replan_every": budget.replan_every, "record": record}
+    planner = _planner("shooting" if spec.name == "shooting" else spec.planner, budget, simulator)
+    guide: Guide | None = None
+    if spec.guided:
+        from emu_embodied.policies.guides import TokenGuide  # slow to import, and few need it
+
+        guide = TokenGuide(_actor(world_model, spec.acting), temperature=budget.proposal_temperature)
+        if not spec.imagines and world_model is not None:
+            source = TrueSource(simulator, world_model.encode_frames)
+    options: dict[str, Any] = {
+        "seed": seed,
+        "replan_every": budget.replan_every,
+        "guide": guide,
+        "strangeness": budget.strangeness if guide is not None else 0.0,
+        "decodes": budget.decodes,
+        "record": record,
+    }
     if isinstance(objective, Pursuit):
         still_KA = np.zeros((simulator.block, action_dim), np.float32)
         return SubgoalPolicy(planner, objective, source, still_KA, **options)
     return PlanningPolicy(planner, objective, source, **options)
+
+
+def _planner(name: str, budget: PlanningBudget, simulator: EpisodeSimulator) -> ProposedPlanner:
+    """The planner of that name with as much of the budget as it knows."""
+    space = PlanSpace(
+        horizon=budget.horizon,
+        block=simulator.block,
+        action_dim=simulator.action_space.shape[0],
+        knots_per_block=budget.knots_per_block,
+    )
+    settings: dict[str, Any] = {
+        "samples": budget.samples,
+        "iterations": budget.iterations,
+        "init_std": budget.init_std,
+        "correlation": budget.correlation,
+        "proposal_share": budget.proposals,
+    }
+    if budget.beta is not None:
+        settings["beta"] = budget.beta
+    if has_setting(name, "answer"):
+        settings["answer"] = budget.answer
+    return make_planner(name, space, **settings)
+
+
+def _actor(world_model: WorldModel | None, settings: ActingSettings) -> Actor:
+    """The policy role of a world model."""
+    from emu_embodied.acting import Actor  # slow to import, as is the next
+    from emu_embodied.world_model import WorldModel as TrainedWorldModel
+
+    if not isinstance(world_model, TrainedWorldModel):
+        raise ValueError(f"{type(world_model).__name__} emits no action tokens: give a checkpoint")
+    return Actor(world_model, context_states=settings.context_states)
 
 
 def check_fits(world_model: Any, simulator: EpisodeSimulator) -> None:

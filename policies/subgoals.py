@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
+from emu_embodied.planners.proposals import ProposedPlanner
 from emu_embodied.planners.subgoals import Pursuit
 from emu_embodied.policies.planning import DynamicsSource, PlanningPolicy
-from emu_embodied.protocols import Planner
 from emu_embodied.records import Observation
 from emu_embodied.viz.trace import SubgoalTrace
 
@@ -20,23 +22,18 @@ class SubgoalPolicy(PlanningPolicy):
         pursuit: which subgoal is at hand, and what plans are searched for.
         source: what candidates are evaluated with.
         still_KA: the block that holds still.
-        seed: of all random numbers; every episode starts from it.
-        replan_every: blocks of a plan that are executed before the next search; a new subgoal starts one at once.
-        record: see ``PlanningPolicy``.
+        options: of ``PlanningPolicy``; a new subgoal starts a search at once, whatever ``replan_every`` says.
     """
 
     def __init__(
         self,
-        planner: Planner,
+        planner: ProposedPlanner,
         pursuit: Pursuit,
         source: DynamicsSource,
         still_KA: np.ndarray,
-        *,
-        seed: int = 0,
-        replan_every: int = 1,
-        record: bool = False,
+        **options: Any,
     ):
-        super().__init__(planner, pursuit, source, seed=seed, replan_every=replan_every, record=record)
+        super().__init__(planner, pursuit, source, **options)
         self.pursuit = pursuit
         self.still_KA = still_KA
         self._proposals = torch.Generator()

@@ -76,7 +76,7 @@ class Spy:
     def __init__(self):
         self.warm_starts: list[torch.Tensor | None] = []
 
-    def plan(self, evaluate, warm_start, generator):
+    def plan(self, evaluate, warm_start, generator, proposals=None):
         self.warm_starts.append(warm_start)
         ramp = torch.arange(4.0)[:, None, None].expand(4, 5, 2) / 10 - 0.1 * len(self.warm_starts)
         return Plan(actions_HKA=ramp, cost=0.0)

@@ -19,8 +19,9 @@ from emu_embodied.hardware import pick_device
 from emu_embodied.train.evaluation import Judge
 from emu_embodied.train.loop import LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import state_loss
+from emu_embodied.train.meta import write_training_meta
 from emu_embodied.train.noise import draw_copies, noisy_logits, sample_times
-from emu_embodied.train.pretrain import WorldTraining, prepare_data, write_training_meta
+from emu_embodied.train.pretrain import WorldTraining, prepare_data
 from emu_embodied.train.rollout import own_samples, self_fed, with_own_samples
 from emu_embodied.train.subgoals import SubgoalTraining
 from emu_embodied.train.windows import action_loss, perception_loss

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,16 +10,16 @@ import torch
 from emu_embodied.data.batches import TokenDataset, WindowBatch, encode_dataset, fingerprint
 from emu_embodied.data.episodes import EpisodeStore
 from emu_embodied.data.subgoals import Subtasks
-from emu_embodied.files import write_json
 from emu_embodied.hardware import pick_device
 from emu_embodied.models.transformer import EmuForCausalLM
 from emu_embodied.presets import Preset
-from emu_embodied.provenance import make_meta
 from emu_embodied.tokens.frames import IBQFrameTokenizer
 from emu_embodied.tokens.states import ProprioTokenizer
 from emu_embodied.train.evaluation import Judge
 from emu_embodied.train.loop import LoopConfig, LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import LossWeights, state_loss
+from emu_embodied.train.meta import inherit_meta as inherit_meta
+from emu_embodied.train.meta import write_training_meta as write_training_meta
 from emu_embodied.train.state import has_state
 from emu_embodied.train.subgoals import SubgoalTraining
 from emu_embodied.train.windows import action_loss, clean_logits, perception_loss, window_tokens
@@ -264,32 +262,3 @@ def _check_out(out: Path, resume: bool) -> None:
         raise ValueError(f"{out} holds an adapted world model, which this stage would undo: train into another --out")
     if not has_state(out / "training" / "world"):
         raise ValueError(f"{out} holds a world model without the state of its training: train into another --out")
-
-
-def inherit_meta(source: Path, out: Path) -> None:
-    """Keep, in a new checkpoint folder, where the checkpoint that it starts from came from.
-
-    A stage of the source that runs again will not be overwritten: its entry is renamed to ``<stage> before``.
-    """
-    if not (source / "meta.json").exists() or (out / "meta.json").exists():
-        return
-    stages = json.loads((source / "meta.json").read_text())
-    if "dida" in stages:
-        stages["dida before"] = stages.pop("dida")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "meta.json", stages)
-
-
-def write_training_meta(out: Path, stage: str, config: WorldTraining, store: EpisodeStore, result: LoopResult) -> None:
-    """Record where a checkpoint comes from in ``meta.json``, one entry for each stage."""
-    meta = make_meta(
-        seed=config.loop.seed,
-        data_hash=store.data_hash,
-        config=asdict(config),
-        steps=result.step,
-        seconds=round(result.seconds),
-        figures={name: value if math.isfinite(value) else None for name, value in result.logs.items()},
-    )
-    path = out / "meta.json"
-    stages = json.loads(path.read_text()) if path.exists() else {}
-    write_json(path, {**stages, stage: asdict(meta)})

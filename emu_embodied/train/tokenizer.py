@@ -23,7 +23,8 @@ from emu_embodied.data.episodes import EpisodeStore
 from emu_embodied.data.split import held_out_episodes
 from emu_embodied.models.ibq import IBQ, IBQConfig, code_usage, to_pixels
 from emu_embodied.tokens.frames import IBQFrameTokenizer
-from emu_embodied.train.loop import LoopConfig, LossOutput, TrainingFailed, run_loop, schedule_progress
+from emu_embodied.train.loop import LoopConfig, LoopResult, LossOutput, TrainingFailed, run_loop, schedule_progress
+from emu_embodied.train.meta import write_training_meta
 
 _REWRITTEN = (
     "quantize.embedding.weight",
@@ -101,7 +102,7 @@ def train_tokenizer(
     out: Path,
     *,
     resume: bool,
-) -> IBQFrameTokenizer:
+) -> tuple[IBQFrameTokenizer, LoopResult]:
     """Train one tokenizer for all ``cameras`` and keep it in ``out/tokenizer``.
 
     Args:
@@ -113,7 +114,7 @@ def train_tokenizer(
         resume: go on from an earlier run in ``out``.
 
     Returns:
-        The tokenizer with the averaged weights, on the training device.
+        The tokenizer with the averaged weights, on the training device, and how the run ended.
 
     Raises:
         ValueError: if ``out`` holds a tokenizer and ``resume`` is off, or the dataset's cameras do not fit.
@@ -127,7 +128,7 @@ def train_tokenizer(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.loop.seed)  # module initialisers know only the global generator
         trainer = TokenizerTrainer(IBQ(ibq), training, held_out, config)
-    run_loop(
+    result = run_loop(
         config.loop,
         trainer,
         trainer.loss,
@@ -144,7 +145,8 @@ def train_tokenizer(
         evaluate=trainer.evaluate,
         unit="images",
     )
-    return IBQFrameTokenizer(trainer.ibq)
+    write_training_meta(out, "tokenizer", config, store, result)
+    return IBQFrameTokenizer(trainer.ibq), result
 
 
 def load_frames(store: EpisodeStore, cameras: tuple[str, ...], config: TokenizerTraining) -> tuple[FrameSet, FrameSet]:

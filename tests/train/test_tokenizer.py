@@ -70,7 +70,7 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(store, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    return out, train_tokenizer(store, IBQ_CONFIG, ("front",), CONFIG, out, resume=False)
+    return out, train_tokenizer(store, IBQ_CONFIG, ("front",), CONFIG, out, resume=False)[0]
 
 
 def evaluations(out):
@@ -115,7 +115,7 @@ def test_resume_is_bit_equal(trained, store, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train_tokenizer(store, IBQ_CONFIG, ("front",), CONFIG, tmp_path, resume=False)
     monkeypatch.undo()
-    resumed = train_tokenizer(store, IBQ_CONFIG, ("front",), CONFIG, tmp_path, resume=True)
+    resumed, _ = train_tokenizer(store, IBQ_CONFIG, ("front",), CONFIG, tmp_path, resume=True)
     for name, tensor in whole.ibq.state_dict().items():
         assert torch.equal(tensor, resumed.ibq.state_dict()[name]), name
     assert evaluations(tmp_path) == evaluations(out)

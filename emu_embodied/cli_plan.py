@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -33,7 +33,7 @@ class Search:
 
     checkpoint: str = "nano"
     """A shipped name or a checkpoint folder."""
-    planner: Literal["cem", "icem", "mppi", "shooting"] = "cem"
+    planner: Literal["cem", "icem", "categorical", "mppi", "beam", "shooting"] = "cem"
     """Solver of the imagined and true policies."""
     objective: str = "goal"
     """What plans are searched for: goal (the goal picture and place), or what the model predicts of the instruction:
@@ -44,6 +44,18 @@ class Search:
     """Iterations of a decision."""
     horizon: int | None = None
     """Length of a plan [blocks]."""
+    replan_every: int | None = None
+    """Blocks of a plan that are executed before the next search [blocks]."""
+    answer: Literal["best", "mean"] | None = None
+    """What a planner that refines returns: its cheapest candidate or its last mean."""
+    beta: float | None = None
+    """Exponent of coloured noise in the candidates: 0 is white, 2 drifts; by default the planner's own noise."""
+    decodes: int | None = None
+    """Imaginations of each candidate, whose costs are averaged."""
+    proposals: float | None = None
+    """Share of the first candidates that the checkpoint's token policy proposes, in [0, 1]."""
+    strangeness: float | None = None
+    """Weight, beside the objective, of how unlikely the token policy finds what a plan does first."""
     device: Device = "auto"
     """Where the world model runs."""
 
@@ -51,13 +63,9 @@ class Search:
         from emu_embodied.hardware import pick_device
         from emu_embodied.policies.registry import PlanningBudget, PolicySpec
 
-        default = PlanningBudget()
-        budget = replace(
-            default,
-            samples=default.samples if self.samples is None else self.samples,
-            iterations=default.iterations if self.iterations is None else self.iterations,
-            horizon=default.horizon if self.horizon is None else self.horizon,
-        )
+        names = {field.name for field in fields(PlanningBudget)} & {field.name for field in fields(Search)}
+        given = {name: getattr(self, name) for name in sorted(names)}
+        budget = PlanningBudget(**{name: value for name, value in given.items() if value is not None})
         return PolicySpec(
             name=policy,
             checkpoint=self.checkpoint,
@@ -169,7 +177,9 @@ class Bench(Search):
     suite: str = ""
     """All of a suite instead: panda, metaworld, pusht, fetch, ogbench, panda-gym."""
     policy: str
-    """random, scripted, shooting, imagined, true, subgoals or true_subgoals; or several with commas between."""
+    """random, scripted, token, shooting, imagined, true, subgoals or true_subgoals; or several with commas between."""
+    temperature: float = 0.0
+    """At which the token policy draws its action tokens; 0 takes the most likely."""
     episodes: int = 100
     """Episodes of a row."""
     seed: int = 0
@@ -183,11 +193,13 @@ class Bench(Search):
         """Measure."""
         from emu_embodied.envs.registry import make
         from emu_embodied.policies.evaluate import bench, format_table, read_results, write_results
+        from emu_embodied.policies.token import ActingSettings
         from emu_embodied.provenance import make_meta
         from emu_embodied.world_config import WorldModelConfig, checkpoint_folder
 
         env_ids = named_envs(self.env, self.suite)
-        policies = [self._spec(name.strip()) for name in self.policy.split(",")]
+        acting = ActingSettings(temperature=self.temperature)
+        policies = [replace(self._spec(name.strip()), acting=acting) for name in self.policy.split(",")]
         if self.episodes < 1:
             raise ValueError(f"--episodes is {self.episodes}, it has to be at least 1")
         kept = read_results(self.json) if self.json.exists() else []

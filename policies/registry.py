@@ -63,7 +63,7 @@ class PlanningBudget:
     correlation: float = 0.5
     """Correlation of neighbouring knots' noise, in [0, 1)."""
     beta: float | None = None
-    """Exponent of coloured noise, in the place of ``correlation``: 0 is white, 2 drifts. The planner's own if left out."""
+    """Exponent of coloured noise, in place of ``correlation``: 0 is white, 2 drifts. The planner's own if left out."""
     decodes: int = 1
     """Imaginations of each candidate, whose costs are averaged; each costs as much as a candidate."""
     proposals: float = 0.0
@@ -77,6 +77,14 @@ class PlanningBudget:
     answer: Literal["best", "mean"] = "mean"
     """What a planner that refines returns: the cheapest candidate, or its last mean (one candidate more), which a noisy
     model flatters less."""
+
+    def __post_init__(self) -> None:
+        if self.decodes < 1:
+            raise ValueError(f"decodes is {self.decodes}, it has to be at least 1")
+        if not 0.0 <= self.proposals <= 1.0:
+            raise ValueError(f"proposals is {self.proposals}, it has to lie in [0, 1]")
+        if not self.strangeness >= 0:
+            raise ValueError(f"strangeness is {self.strangeness}, it has to be at least 0")
 
     @property
     def evaluations(self) -> int:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from emu_embodied.decode.actions import ActionDecoder, Generators
+from emu_embodied.decode.grammar import expected_bin
+from emu_embodied.models.cache import KVCache
 from emu_embodied.records import Observation
 from emu_embodied.world_model import WorldModel
 
@@ -26,7 +28,7 @@ class Situations:
     Attributes:
         text_BL: ids of the instruction's segment.
         codes_BTN: frame codes.
-        proprio_BTP: proprio bins.
+        proprio_BTP: proprio bins, and behind them where the model saw the objects, if it knows of any.
         actions_BTKA: float32 [B, T - 1, K, A], the blocks between the states.
         length_B: int64, real states of each row, in [1, T].
     """
@@ -131,11 +133,12 @@ class Actor:
             ValueError: if an observation is not what the model was trained on.
         """
         config, layout = self.world.config, self.world.layout
-        codes_BN, proprio_BP = self._tokens(observations)
+        text_BL = self._text(observations)
+        codes_BN, proprio_BP = self._tokens(text_BL, observations)
         batch, past = len(observations), self.context_states - 1
         pad = (0, 0, past, 0)
         return Situations(
-            self._text(observations),
+            text_BL,
             torch.nn.functional.pad(codes_BN[:, None], pad).to(_compact(config.codebook)),
             torch.nn.functional.pad(proprio_BP[:, None], pad).to(_compact(config.state_bins)),
             torch.zeros(batch, past, config.block, layout.action_dim, device=self.device),
@@ -155,7 +158,8 @@ class Actor:
         Raises:
             ValueError: if an observation is not what the model was trained on.
         """
-        return self.follow_tokens(before, actions_BKA, *self._tokens(observations), self._text(observations))
+        text_BL = self._text(observations)
+        return self.follow_tokens(before, actions_BKA, *self._tokens(text_BL, observations), text_BL)
 
     def follow_tokens(
         self,
@@ -171,7 +175,7 @@ class Actor:
             before: the last situations.
             actions_BKA: [B, K, A].
             codes_BN: frame codes.
-            proprio_BP: proprio bins.
+            proprio_BP: proprio bins, and behind them those of the objects.
             text_BL: the instruction's segment, if it has changed.
         """
         actions = torch.as_tensor(actions_BKA, dtype=torch.float32, device=before.actions_BTKA.device)
@@ -204,7 +208,7 @@ class Actor:
         dims = self.world.layout.action_dim
         bins = torch.zeros(len(situations), dims, dtype=torch.long, device=self.device)
         log_probs = torch.zeros(len(situations), dims, device=self.device)
-        for rows, part in _by_length(situations):
+        for rows, part in by_length(situations):
             own = generators
             if isinstance(generators, Sequence) and len(generators) == len(situations):
                 own = [generators[i] for i in rows.tolist()]
@@ -222,7 +226,7 @@ class Actor:
         """
         bins_BA = bins_BA.to(self.device, torch.long)
         order, logits = [], []
-        for rows, part in _by_length(situations):
+        for rows, part in by_length(situations):
             order.append(rows)
             logits.append(self._decoder().logits(past_embeds(self.world, part), bins_BA[rows]))
         logits_BAV = torch.cat(logits)[torch.cat(order).argsort()] if len(logits) > 1 else logits[0]
@@ -241,8 +245,8 @@ class Actor:
             self._texts[told] = ids.to(self.device, _compact(self.world.layout.vocabulary.size))
         return torch.stack([self._texts[observation.instruction] for observation in observations])
 
-    def _tokens(self, observations: Sequence[Observation]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes int64 [B, N] and proprio bins int64 [B, P]; all frames go through the tokenizer together."""
+    def _tokens(self, text_BL: torch.Tensor, observations: Sequence[Observation]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes int64 [B, N] and bins int64 [B, P + O]; all frames go through the tokenizer together."""
         config = self.world.config
         for observation in observations:
             if missing := [camera for camera in config.cameras if camera not in observation.frames]:
@@ -255,7 +259,30 @@ class Actor:
         if proprio.shape[1:] != (len(config.proprio),) or not np.isfinite(proprio).all():
             names = ", ".join(field.name for field in config.proprio)
             raise ValueError(f"proprio must be {len(config.proprio)} finite numbers ({names})")
-        return codes_BN, self.world.proprio.encode(torch.from_numpy(proprio).to(self.device))
+        numbers_BP = torch.nn.functional.pad(torch.from_numpy(proprio), (0, len(config.objects)))
+        bins_BP = self.world.proprio.encode(numbers_BP.to(self.device))
+        return codes_BN, self._with_objects(text_BL, codes_BN, bins_BP)
+
+    @torch.no_grad()
+    def _with_objects(self, text_BL: torch.Tensor, codes_BN: torch.Tensor, bins_BP: torch.Tensor) -> torch.Tensor:
+        """Fill in where the objects are seen: in each frame alone, one number after another, as ``observe`` does."""
+        world, backbone = self.world, self.world.backbone
+        known, span = len(world.config.proprio), world.layout.vocabulary.state
+        slots = world.layout.proprio_slots[known:].tolist()
+        if not slots:
+            return bins_BP
+        before = torch.cat([text_BL.long(), world.layout.state_ids(codes_BN, bins_BP)[:, : slots[0]]], 1)
+        new_BLD = backbone.embed(before)
+        room = before.shape[1] + len(slots)
+        cache = KVCache(backbone.config, len(before), room, device=backbone.devices, dtype=new_BLD.dtype)
+        bins = [bins_BP[:, :known]]
+        for _ in slots:
+            positions = torch.arange(cache.length, cache.length + new_BLD.shape[1], device=self.device)
+            hidden = backbone.core(new_BLD, positions, cache=cache, first=new_BLD.shape[1] - 1)
+            found_B = expected_bin(backbone.head(hidden[:, -1], slice(span.start, span.stop))).round().long()
+            bins.append(found_B[:, None])
+            new_BLD = backbone.embed(span.ids(bins[-1]))
+        return torch.cat(bins, 1)
 
 
 def past_embeds(world: WorldModel, situations: Situations) -> torch.Tensor:
@@ -273,7 +300,7 @@ def past_embeds(world: WorldModel, situations: Situations) -> torch.Tensor:
     return layout.interleave(backbone.embed(here.text_BL.long()), embeds_BTLD, between_BTLD)
 
 
-def _by_length(situations: Situations) -> Iterator[tuple[torch.Tensor, Situations]]:
+def by_length(situations: Situations) -> Iterator[tuple[torch.Tensor, Situations]]:
     """Rows int64 of each number of real states, and their situations: those can be read in one batch."""
     for length in situations.length_B.unique().tolist():
         rows = (situations.length_B == length).nonzero()[:, 0]

@@ -24,7 +24,7 @@ from emu_embodied.cli_explore import Walk
 from emu_embodied.cli_generate import Generate
 from emu_embodied.cli_inspect import Inspect
 from emu_embodied.cli_plan import Bench, Plan, named_envs
-from emu_embodied.cli_train import Device, Train, TrainDida, TrainTokenizer, TrainWorld
+from emu_embodied.cli_train import Device, Train, TrainDida, TrainPolicy, TrainTokenizer, TrainWorld
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,6 +76,9 @@ class Collect:
     """Run seed. Small reset seeds stay free for evaluation."""
     image_size: int = 64
     """Side of a frame [pixels]; the preset `base` reads 128."""
+    cameras: str = ""
+    """Cameras to record, with commas between; all that the environment draws by default. The preset `nano` reads the
+    first, and drawing is most of what recording costs."""
     mixture: str = "expert=0.25,noisy=0.35,random=0.2,play=0.2"
     """Behaviours and their shares."""
 
@@ -94,7 +97,8 @@ class Collect:
             seed=self.seed,
             mixture=_shares(self.mixture),
         )
-        simulators = partial(make, image_size=self.image_size)
+        cameras = {"cameras": tuple(name.strip() for name in self.cameras.split(","))} if self.cameras else {}
+        simulators = partial(make, image_size=self.image_size, **cameras)
         result = collect(config, simulators, BEHAVIOURS, meta=meta_dict(make_meta(seed=self.seed)))
         stored, name = len(result.store), result.store.data_hash[:16]
         print(f"{stored} episodes in {self.out} ({result.recorded} new), data hash {name}")
@@ -238,7 +242,7 @@ def _nearest(word: str, known: Collection[str]) -> str:
 _SUBCOMMANDS: dict[str, Any] = {
     "doctor": Doctor,
     "collect": Collect,
-    "train": {"tokenizer": TrainTokenizer, "world": TrainWorld, "dida": TrainDida},
+    "train": {"tokenizer": TrainTokenizer, "world": TrainWorld, "dida": TrainDida, "policy": TrainPolicy},
     "plan": Plan,
     "bench": Bench,
     "imagine": Imagine,

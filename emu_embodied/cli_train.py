@@ -75,11 +75,11 @@ class TrainTokenizer(_Stage):
         store = EpisodeStore.open(self.data)
         config = TokenizerTraining()
         config = replace(config, loop=self._loop(config.loop), batch=config.batch if self.batch is None else self.batch)
-        train_tokenizer(store, row.ibq, row.cameras, config, self.out, resume=self.resume)
-        print(
-            f"tokenizer in {self.out / 'tokenizer'}; next: emu-embodied train world --data {self.data} --out {self.out}"
+        _, result = train_tokenizer(store, row.ibq, row.cameras, config, self.out, resume=self.resume)
+        return self._report(
+            result,
+            f"tokenizer in {self.out / 'tokenizer'}; next: emu-embodied train world --data {self.data} --out {self.out}",
         )
-        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ class TrainDida(_WorldStage):
         from emu_embodied.envs.subtasks import subtasks
         from emu_embodied.presets import preset
         from emu_embodied.train.adapt import train_dida
-        from emu_embodied.train.pretrain import inherit_meta
+        from emu_embodied.train.meta import inherit_meta
         from emu_embodied.world_config import checkpoint_folder
         from emu_embodied.world_model import WorldModel
 
@@ -186,13 +186,81 @@ class TrainDida(_WorldStage):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainPolicy(_Stage):
+    """Stage 4: the policy role, by cloning the experts of a dataset; what it gives acts with `bench --policy token`.
+
+    The world role is kept alive beside it (--world-weight), so that one checkpoint acts and imagines.
+    """
+
+    init: str | None = None
+    """Checkpoint to start from: a folder or a shipped name; by default the shipped one of --preset."""
+    env: str = ""
+    """Imitate episodes of this environment only, or of several with commas between."""
+    sources: str = "expert,noisy"
+    """Behaviours that are imitated, comma-separated."""
+    episodes: int | None = None
+    """Imitate only the first so many episodes of each environment, for policies of chosen strength."""
+    solved_only: bool = False
+    """Imitate only episodes that end in success."""
+    context_states: int | None = None
+    """Latest states a decision looks at; 1 unless given."""
+    world_windows: int | None = None
+    """Windows of states in each batch that the world role is trained on; 0 lets it be forgotten."""
+    world_weight: float | None = None
+    """Weight of the world role's loss."""
+
+    def run(self) -> int:
+        """Train."""
+        from emu_embodied.data.episodes import EpisodeStore
+        from emu_embodied.presets import preset
+        from emu_embodied.train.policy import PolicyTraining, train_policy
+        from emu_embodied.train.meta import inherit_meta
+        from emu_embodied.world_config import checkpoint_folder
+        from emu_embodied.world_model import WorldModel
+
+        preset(self.preset)
+        store = EpisodeStore.open(self.data)
+        source = self.init or self.preset
+        folder = checkpoint_folder(source)
+        if folder.resolve() == self.out.resolve():
+            raise ValueError(f"--init and --out are the same folder {self.out}: give another --out")
+        default = PolicyTraining()
+        given = {
+            "batch": self.batch,
+            "context_states": self.context_states,
+            "world_windows": self.world_windows,
+            "world_weight": self.world_weight,
+        }
+        config = replace(
+            default,
+            loop=self._loop(default.loop),
+            sources=_names(self.sources),
+            env_ids=_names(self.env),
+            episodes=self.episodes,
+            solved_only=self.solved_only,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        print(f"cloning {self.sources} into {source}")
+        inherit_meta(folder, self.out, "policy")
+        result = train_policy(store, WorldModel.from_pretrained(source), config, self.out, resume=self.resume)
+        return self._report(
+            result, f"policy in {self.out}; next: emu-embodied bench --policy token --checkpoint {self.out}"
+        )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train one stage: tokenizer, then world, then dida. All three may share one --out."""
+    """Train one stage: tokenizer, then world, then dida, then policy. The first three may share one --out."""
 
     stage: (
         Annotated[TrainTokenizer, subcommand("tokenizer")]
         | Annotated[TrainWorld, subcommand("world")]
         | Annotated[TrainDida, subcommand("dida")]
+        | Annotated[TrainPolicy, subcommand("policy")]
     )
 
     def run(self) -> int:

@@ -23,19 +23,26 @@ class ActingSettings:
     context_states: int = 1
     """Latest states it looks at [states]; see ``emu_embodied.acting.Actor``."""
 
+    def __post_init__(self) -> None:
+        """Check the temperature; how many states are known is the weights' to say.
+
+        Raises:
+            ValueError: if it is negative.
+        """
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}, it has to be at least 0")
+
 
 class TokenPolicy:
     """Acts in one environment.
 
     Args:
         actor: emits the tokens.
-        temperature: of the draw.
+        temperature: of the draw, at least 0.
         seed: of the draw; every episode starts from it.
     """
 
     def __init__(self, actor: Actor, *, temperature: float = 0.0, seed: int = 0) -> None:
-        if not temperature >= 0:
-            raise ValueError(f"temperature is {temperature}, it has to be at least 0")
         self.actor = actor
         self.temperature = temperature
         self.seed = seed

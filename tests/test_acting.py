@@ -33,9 +33,9 @@ def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-@pytest.fixture(scope="module")
-def world() -> WorldModel:
-    return tiny.make_world()
+@pytest.fixture(scope="module", params=[(), tiny.OBJECTS], ids=["plain", "objects"])
+def world(request: pytest.FixtureRequest) -> WorldModel:
+    return tiny.make_world(objects=request.param)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 2.0])
@@ -105,6 +105,17 @@ def test_what_is_kept_is_small_and_enough(world):
 
 def blocks_of(actor: Actor, count: int) -> torch.Tensor:
     return torch.zeros(count, actor.world.layout.action_dim, dtype=torch.int16)
+
+
+def test_objects_are_seen_as_a_belief_sees_them(world):
+    situations = Actor(world).see(observations())
+    for row, observation in enumerate(observations()):
+        wanted = world.observe([observation]).objects_O
+        found = world.proprio.decode(situations.proprio_BTP[row, 0].long())[len(tiny.FIELDS) :]
+        half_a_bin = torch.tensor([(field.high - field.low) / 32 for field in world.config.objects])
+        assert found.shape == wanted.shape and bool(((found - wanted).abs() <= half_a_bin + 1e-5).all())
+    places = situations.proprio_BTP[:, 0, len(tiny.FIELDS) :]
+    assert not world.config.objects or len(places.unique(dim=0)) > 1
 
 
 def test_imagined_states_are_followed_as_tokens(world):

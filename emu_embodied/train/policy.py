@@ -20,7 +20,8 @@ from emu_embodied.train.adapt import check_same_recording, dida_loss
 from emu_embodied.train.evaluation import Judge
 from emu_embodied.train.loop import LoopConfig, LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import ordinal_cross_entropy
-from emu_embodied.train.pretrain import WorldData, WorldTraining, next_token_loss, prepare_data, write_training_meta
+from emu_embodied.train.meta import write_training_meta
+from emu_embodied.train.pretrain import WorldData, WorldTraining, next_token_loss, prepare_data
 from emu_embodied.train.state import has_state
 from emu_embodied.train.windows import disturbed, misjudged
 from emu_embodied.world_model import WorldModel

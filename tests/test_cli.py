@@ -26,6 +26,7 @@ COMMANDS = {
     ("train", "tokenizer"): cli_train.TrainTokenizer,
     ("train", "world"): cli_train.TrainWorld,
     ("train", "dida"): cli_train.TrainDida,
+    ("train", "policy"): cli_train.TrainPolicy,
     ("plan",): cli.Plan,
     ("bench",): cli.Bench,
     ("imagine",): cli.Imagine,
@@ -38,6 +39,7 @@ CALLS = {
     ("train", "tokenizer"): "train tokenizer --preset nano --data DIR --out DIR --steps 5 --max-minutes 1.5 --resume",
     ("train", "world"): "train world --preset nano --data DIR --out DIR --steps 5 --max-minutes 1.5 --resume",
     ("train", "dida"): "train dida --preset nano --data DIR --out DIR --steps 5 --max-minutes 1.5 --resume",
+    ("train", "policy"): "train policy --data DIR --init nano --out DIR --episodes 50 --max-minutes 1.5 --resume",
     ("plan",): "plan --env PandaPush-v0 --checkpoint nano --seed 0 --out DIR --subgoals",
     ("bench",): "bench --env PandaPush-v0,PandaReach-v0 --policy imagined --checkpoint DIR --episodes 3 --json FILE",
     ("imagine",): "imagine --checkpoint nano --env PandaPush-v0 --episodes 2 --horizon 10 --json FILE --out DIR",
@@ -170,7 +172,7 @@ def test_an_unknown_policy_names_the_nearest(tmp_path, capsys):
     assert "unknown policy 'radom': did you mean 'random'?" in line
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "world", "dida"])
+@pytest.mark.parametrize("stage", ["tokenizer", "world", "dida", "policy"])
 def test_an_unknown_preset_names_the_nearest(stage, tmp_path, capsys):
     line = refusal(capsys, "train", stage, "--preset", "nanno", "--data", tmp_path, "--out", tmp_path / "out")
     assert "unknown preset 'nanno'; did you mean 'nano'?" in line

@@ -13,6 +13,7 @@ import pytest
 
 from emu_embodied import cli, cli_generate, cli_train, doctor, world_config
 from emu_embodied.cli import main
+from emu_embodied.data.episodes import EpisodeStore
 from emu_embodied.hardware import GLProbe
 from emu_embodied.presets import PRESETS
 from emu_embodied.train.loop import LoopResult
@@ -358,3 +359,9 @@ def test_subgoals_are_for_policies_that_plan_to_them(shipped, tmp_path, capsys):
     assert "imagined and true policies" in refusal(capsys, *plan, "--subgoals", "--policy", "shooting")
     assert "is for --subgoals" in refusal(capsys, *plan, "--subgoal-model", tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_collect_records_the_cameras_asked_for(tmp_path: Path) -> None:
+    main(["collect", "--env", "PandaReach-v0", "--episodes", "2", "--workers", "1", "--cameras", "front",
+          "--out", str(tmp_path / "data")])  # fmt: skip
+    assert set(EpisodeStore.open(tmp_path / "data")[0].frames) == {"front"}

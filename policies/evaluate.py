@@ -7,7 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -47,6 +47,8 @@ class EpisodeResult:
     """Action blocks asked of the policy."""
     act_seconds: float
     """Wall time of all of them [s]."""
+    tags: tuple[str, ...] = ()
+    """What kind of episode it was, where the simulator says so (its ``tags``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,24 +73,40 @@ class BenchRow:
     """What else determines the row (first seed, weights, budget ...): it is reused only where all of it agrees."""
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A policy to be measured."""
+
+    make: MakePolicy
+    """Makes the policy of an episode."""
+    render: bool = True
+    """Draw every state; policies that look at nothing are quicker without."""
+
+
+Job = tuple[str, int]
+"""Name of a candidate, and the seed of an episode."""
+
+
 @dataclass(slots=True)
 class _Worker:
     """What an evaluating process keeps from episode to episode."""
 
     env_id: str
     simulator: EpisodeSimulator
-    make_policy: MakePolicy
-    render: bool
+    candidates: Mapping[str, Candidate]
 
-    def run(self, seed: int) -> EpisodeResult:
-        policy = self.make_policy(self.simulator, seed)
-        trace = run_episode(self.simulator, policy, seed=seed, env_id=self.env_id, render=self.render)
+    def run(self, job: Job) -> EpisodeResult:
+        name, seed = job
+        candidate = self.candidates[name]
+        policy = candidate.make(self.simulator, seed)
+        trace = run_episode(self.simulator, policy, seed=seed, env_id=self.env_id, render=candidate.render)
         return EpisodeResult(
             seed=seed,
             success=trace.success,
             episode_return=trace.episode_return,
             decisions=len(trace),
             act_seconds=float(trace.act_seconds_T.sum()),
+            tags=tuple(getattr(self.simulator, "tags", ())),
         )
 
 
@@ -96,18 +114,48 @@ _worker: _Worker | None = None
 """Set once in every worker process."""
 
 
-def _start_worker(env_id: str, make_simulator: MakeSimulator, make_policy: MakePolicy, render: bool) -> None:
+def _start_worker(env_id: str, make_simulator: MakeSimulator, candidates: Mapping[str, Candidate]) -> None:
     global _worker
     os.environ["LP_NUM_THREADS"] = "0"  # the software renderer draws on the calling thread
     torch.set_num_threads(1)
     simulator = make_simulator(env_id)
     atexit.register(simulator.close)
-    _worker = _Worker(env_id, simulator, make_policy, render)
+    _worker = _Worker(env_id, simulator, candidates)
 
 
-def _run_in_worker(seed: int) -> EpisodeResult:
+def _run_in_worker(job: Job) -> tuple[Job, EpisodeResult]:
     assert _worker is not None
-    return _worker.run(seed)
+    return job, _worker.run(job)
+
+
+def play(
+    env_id: str,
+    candidates: Mapping[str, Candidate],
+    jobs: Sequence[Job],
+    *,
+    make_simulator: MakeSimulator,
+    workers: int = 1,
+) -> Generator[tuple[Job, EpisodeResult], None, None]:
+    """Run episodes, one for each job, and give each as it is finished; closing the generator drops the rest.
+
+    Args:
+        env_id: environment id.
+        candidates: name -> policy.
+        jobs: which policy with which reset seed; the policy of an episode is seeded alike.
+        make_simulator: makes the simulator, once per process.
+        workers: processes of one thread each; 1 runs in this one, in the order of the jobs.
+
+    Raises:
+        RuntimeError: if a worker process was killed.
+    """
+    workers = min(workers, len(jobs))
+    if workers > 1:
+        yield from _in_processes(jobs, workers, (env_id, make_simulator, candidates))
+        return
+    with closing(make_simulator(env_id)) as simulator:
+        worker = _Worker(env_id, simulator, candidates)
+        for job in jobs:
+            yield job, worker.run(job)
 
 
 def run_episodes(
@@ -127,19 +175,16 @@ def run_episodes(
         make_policy: makes the policy of an episode.
         seeds: reset seeds; the policy of an episode is seeded alike.
         make_simulator: makes the simulator, once per process.
-        render: draw every state; policies that look at nothing are quicker without.
+        render: see ``Candidate``.
         workers: processes of one thread each; 1 runs in this one.
         label: what the progress bar says.
     """
-    workers = min(workers, len(seeds))
-    if workers > 1:
-        finished = _in_processes(seeds, workers, (env_id, make_simulator, make_policy, render))
-    else:
-        finished = _in_this_process(seeds, env_id, make_simulator, make_policy, render)
+    candidates = {"": Candidate(make_policy, render)}
+    jobs = [("", seed) for seed in seeds]
     results: dict[int, EpisodeResult] = {}
     succeeded = 0
     with tqdm(total=len(seeds), desc=label or env_id, unit="episode") as progress:
-        for result in finished:
+        for _, result in play(env_id, candidates, jobs, make_simulator=make_simulator, workers=workers):
             results[result.seed] = result
             succeeded += result.success
             progress.set_postfix(success=f"{succeeded}/{len(results)}", refresh=False)
@@ -147,20 +192,13 @@ def run_episodes(
     return [results[seed] for seed in seeds]
 
 
-def _in_this_process(
-    seeds: Sequence[int], env_id: str, make_simulator: MakeSimulator, make_policy: MakePolicy, render: bool
-) -> Iterator[EpisodeResult]:
-    with closing(make_simulator(env_id)) as simulator:
-        worker = _Worker(env_id, simulator, make_policy, render)
-        for seed in seeds:
-            yield worker.run(seed)
-
-
-def _in_processes(seeds: Sequence[int], workers: int, start: tuple[Any, ...]) -> Iterator[EpisodeResult]:
+def _in_processes(
+    jobs: Sequence[Job], workers: int, start: tuple[Any, ...]
+) -> Generator[tuple[Job, EpisodeResult], None, None]:
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=start)
     try:
-        waiting: list[Future[EpisodeResult]] = [pool.submit(_run_in_worker, seed) for seed in seeds]
+        waiting: list[Future[tuple[Job, EpisodeResult]]] = [pool.submit(_run_in_worker, job) for job in jobs]
         for done in as_completed(waiting):
             yield done.result()
     except BrokenProcessPool as error:
@@ -216,7 +254,7 @@ def bench(
         kept: rows of an earlier run; one with the same settings is taken instead of running it again.
         on_row: called after each new row with all that are known, to save them.
     """
-    wanted = [(env_id, spec, _settings(spec, seed)) for env_id in env_ids for spec in specs]
+    wanted = [(env_id, spec, policy_settings(spec, seed)) for env_id in env_ids for spec in specs]
     rows: dict[int, BenchRow] = {}
     for place, (env_id, spec, settings) in enumerate(wanted):
         for row in kept:
@@ -240,7 +278,8 @@ def bench(
     return [rows[place] for place in sorted(rows)]
 
 
-def _settings(spec: PolicySpec, seed: int) -> dict[str, Any]:
+def policy_settings(spec: PolicySpec, seed: int) -> dict[str, Any]:
+    """What determines a row of this policy from this first seed on: equal settings, equal rows."""
     settings: dict[str, Any] = {"seed": seed}
     if spec.plans:
         objective = "subtask" if spec.names_subtasks else spec.objective
@@ -249,7 +288,7 @@ def _settings(spec: PolicySpec, seed: int) -> dict[str, Any]:
             settings["subgoals"] = asdict(spec.subgoals)
         if spec.name != "shooting":
             settings["planner"] = spec.planner
-    if spec.name == "token":
+    if spec.name == "token" or spec.guided:
         settings["acting"] = asdict(spec.acting)
     if spec.needs_model:
         settings["weights"] = weights_hash(spec.checkpoint)

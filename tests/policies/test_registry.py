@@ -10,20 +10,23 @@ from emu_embodied.planners.mppi import MPPI
 from emu_embodied.planners.shooting import RandomShooting
 from emu_embodied.policies.episode import run_episode
 from emu_embodied.policies.registry import POLICIES, PlanningBudget, PolicySpec, check_fits, make_policy
+from emu_embodied.policies.token import ActingSettings
+from tests import tiny
 from tests.point_mass import PointMass, PointMassModel
+from tests.table import Table
 
 BUDGET = PlanningBudget(samples=16, iterations=2, horizon=3, answer="best")
 
 
 @pytest.mark.parametrize("name", sorted(set(POLICIES) - {"scripted"}))
 def test_every_policy_acts_and_is_seeded(name):
-    simulator = PointMass()
-    spec = PolicySpec(name=name, budget=BUDGET)
+    acts = name == "token"  # with a transformer, which a point mass has none of
+    simulator, world = (Table(), tiny.make_world()) if acts else (PointMass(), PointMassModel())
+    spec = PolicySpec(name=name, budget=BUDGET, acting=ActingSettings(temperature=1.0))
     runs = [
-        run_episode(simulator, make_policy(spec, simulator, seed=seed, world_model=PointMassModel()), seed=2)
-        for seed in (0, 0, 1)
+        run_episode(simulator, make_policy(spec, simulator, seed=seed, world_model=world), seed=2) for seed in (0, 0, 1)
     ]
-    assert runs[0].actions_TKA.shape[1:] == (5, 2)
+    assert runs[0].actions_TKA.shape[1:] == (simulator.block, 2)
     assert runs[0].actions_TKA.tobytes() == runs[1].actions_TKA.tobytes() != runs[2].actions_TKA.tobytes()
 
 
@@ -53,6 +56,25 @@ def test_the_mean_as_answer_costs_one_candidate_more():
         trace = run_episode(simulator, make_policy(spec, simulator, world_model=PointMassModel()), seed=0)
         spent[name] = trace.decisions[0].plan.evaluations
     assert spent == {"shooting": 32, "imagined": 33, "true": 33}
+
+
+def test_the_likeliest_tokens_need_no_seed():
+    world, spec = tiny.make_world(), PolicySpec(name="token")
+    assert spec.looks and spec.needs_model and not spec.plans and not spec.imagines
+    runs = [run_episode(Table(), make_policy(spec, Table(), seed=seed, world_model=world), seed=2) for seed in (0, 1)]
+    assert runs[0].actions_TKA.tobytes() == runs[1].actions_TKA.tobytes()
+
+
+def test_what_emits_no_tokens_cannot_be_the_token_policy():
+    for world, message in (
+        (None, "the token policy needs a world model"),
+        (PointMassModel(), "PointMassModel emits no action tokens"),
+        (tiny.make_world(action_bins=1), "these weights have no action tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_policy(PolicySpec(name="token"), Table(), world_model=world)
+    with pytest.raises(ValueError, match="has to be at least 0"):
+        ActingSettings(temperature=-1.0)
 
 
 def test_unknown_names_get_the_nearest():

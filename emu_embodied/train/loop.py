@@ -181,7 +181,8 @@ def run_loop(
 
     Raises:
         ValueError: if a state exists and ``resume`` is off, or the state does not fit.
-        TrainingFailed: on a NaN or infinite loss or gradient, or divergence; names the step and the loss.
+        TrainingFailed: on a NaN or infinite loss or gradient, or divergence; names the step and the loss. What was good
+            stays on disk: nothing is saved while the loss is above the guard's threshold.
     """
     folder = out / "training" / stage
     if has_state(folder) and not resume:
@@ -232,12 +233,13 @@ def run_loop(
                     bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed}", refresh=False)
                 if evaluate is not None and step % config.eval_every == 0 and step < config.steps:
                     log.write_figures(step, run.evaluate())
-                if step % config.save_every == 0 and step < config.steps:
+                if step % config.save_every == 0 and step < config.steps and not run.diverging:
                     run.save()
                 if interrupted.is_set():
                     stopped = "signal"
                     break
             run.progress = replace(run.progress, seconds=seconds_before + clock() - started)
+            run.refuse_divergence()
             if evaluate is not None and stopped != "signal":
                 log.write_figures(run.progress.step, run.evaluate())
             run.save()
@@ -384,9 +386,20 @@ class _Run:
         bad_steps = p.bad_steps + 1 if diverged else 0
         self.progress = replace(p, smoothed=smoothed, best=best, bad_steps=bad_steps)
         if bad_steps >= self.config.divergence_patience:
+            self.refuse_divergence()
+
+    @property
+    def diverging(self) -> bool:
+        """Whether the loss is above the guard's threshold now."""
+        return self.progress.bad_steps > 0
+
+    def refuse_divergence(self) -> None:
+        """Fail if the loss is above the guard's threshold: weights in that state are worth nothing."""
+        p = self.progress
+        if p.bad_steps:
             raise TrainingFailed(
-                f"the loss diverged: {smoothed:.4g} at step {p.step}, {bad_steps} steps in a row above "
-                f"{self.config.divergence_factor:g} x its best ({best:.4g}); {self._advice()}"
+                f"the loss diverged: {p.smoothed:.4g} at step {p.step}, {p.bad_steps} steps in a row above "
+                f"{self.config.divergence_factor:g} x its best ({p.best:.4g}); {self._advice()}"
             )
 
     def _advice(self) -> str:

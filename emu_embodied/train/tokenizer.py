@@ -155,6 +155,8 @@ def load_frames(store: EpisodeStore, cameras: tuple[str, ...], config: Tokenizer
     Raises:
         ValueError: if there are too few episodes to hold one out.
     """
+    if not len(store):
+        raise ValueError(f"{store.folder} has no readable episode: run `emu-embodied collect` first")
     index = np.arange(len(store))
     held = held_out_episodes(len(index), config.held_out)
     generator = np.random.default_rng(config.loop.seed)

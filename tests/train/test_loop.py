@@ -172,8 +172,26 @@ def test_divergence_is_named(tmp_path):
         return LossOutput(output.loss * (1 if step < 20 else 1e3))
 
     with pytest.raises(TrainingFailed, match="diverged"):
-        run(tmp_path, module, loss=loss, steps=500, divergence_patience=10)
-    assert json.loads((tmp_path / "training/toy/state.json").read_text())["step"] < 40
+        run(tmp_path, module, loss=loss, steps=500, divergence_patience=14)
+    # Every fifth step is saved, but not while the loss is too high.
+    assert json.loads((tmp_path / "training/toy/state.json").read_text())["step"] == 20
+
+
+@pytest.mark.parametrize("end", ["steps", "signal"])
+def test_a_run_that_ends_while_it_diverges_keeps_what_was_good(tmp_path, end):
+    module = Toy()
+
+    def loss(step, generator):
+        if step == 22 and end == "signal":
+            os.kill(os.getpid(), signal.SIGINT)
+        output = module.loss(step, generator)
+        return LossOutput(output.loss * (1 if step < 20 else 1e3))
+
+    with pytest.raises(TrainingFailed, match=r"diverged: .* the last good state is kept"):
+        run(tmp_path, module, loss=loss, steps=24)
+    content, tensors = state_bytes(tmp_path)
+    assert content["step"] == 20
+    assert tensors["module.out.weight"] != module.out.weight.detach().numpy().tobytes()
 
 
 def test_time_budget_drives_the_decay(tmp_path):

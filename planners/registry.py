@@ -59,12 +59,12 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def find_objective(name: str) -> Objective:
-    """An objective by name; ``goal`` is not among them, it belongs to an episode (``GoalOfEpisode``).
+    """An objective by name; ``goal`` and ``objects`` are not among them, they belong to an episode (``GoalOfEpisode``).
 
     Raises:
         ValueError: for an unknown name; the nearest one is named.
     """
-    _check_known(name, {**OBJECTIVES, "goal": None}, "objective")
+    _check_known(name, {**OBJECTIVES, "goal": None, "objects": None}, "objective")
     return OBJECTIVES[name]
 
 

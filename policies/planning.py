@@ -11,7 +11,7 @@ import torch
 
 from emu_embodied.planners.costs import averaged, penalised
 from emu_embodied.planners.dynamics import ImaginedDynamics, Tokenize, TrueDynamics, evaluator
-from emu_embodied.planners.objectives import GoalImage, GoalProprio, WeightedSum
+from emu_embodied.planners.objectives import GoalImage, GoalObjects, GoalProprio, WeightedSum
 from emu_embodied.planners.proposals import Proposals, ProposedPlanner
 from emu_embodied.planners.sampling import carry
 from emu_embodied.protocols import Dynamics, Objective, Simulator, WorldModel
@@ -134,36 +134,80 @@ class GoalSimulator(Protocol):
         """Names, units and ranges of the proprio vector."""
         ...
 
+    @property
+    def object_fields(self) -> tuple[Field, ...]:
+        """The same of ``Observation.objects``; empty where nothing is told."""
+        ...
+
     def goal_observation(self) -> Observation:
         """The scene of the present episode with the task solved."""
         ...
 
 
 class GoalOfEpisode:
-    """Objective: be in the goal state of the episode at hand, as a picture and in proprio.
+    """Objective: be in the goal state of the episode at hand.
 
-    The sum of ``GoalImage`` and ``proprio_weight`` times ``GoalProprio`` over the fields that are positions (unit m),
-    as DINO-WM plans (Zhou et al. 2024).
+    The weighted sum of ``GoalImage``, ``GoalObjects`` and ``GoalProprio``, the last of fields that are positions (units
+    m and px). Picture and proprio is how DINO-WM plans (Zhou et al. 2024).
 
     Args:
         simulator: shows the goal.
-        world_model: its tokens and code vectors are what distance is measured in.
-        proprio_weight: of proprio beside the picture.
+        world_model: its tokens and code vectors are what pictures are compared by, and it reads the objects out of the
+            goal's picture; without it the simulator tells where they are, and pictures cannot be compared.
+        picture_weight: of the picture; 0 leaves it out.
+        objects_weight: of the objects; 0 leaves them out.
+        proprio_weight: of proprio.
+
+    Raises:
+        ValueError: if a picture is asked for without a model, or objects of an environment that tells of none.
     """
 
-    def __init__(self, simulator: GoalSimulator, world_model: WorldModel, *, proprio_weight: float = 2.0):
+    def __init__(
+        self,
+        simulator: GoalSimulator,
+        world_model: WorldModel | None,
+        *,
+        picture_weight: float = 1.0,
+        objects_weight: float = 0.0,
+        proprio_weight: float = 2.0,
+    ):
         self.simulator = simulator
         self.world_model = world_model
+        self.picture_weight = picture_weight
+        self.objects_weight = objects_weight
         self.proprio_weight = proprio_weight
         self._goal: Objective | None = None
+        if picture_weight and world_model is None:
+            raise ValueError("a goal picture is compared by a world model's tokens: give a checkpoint")
+        if objects_weight and not simulator.object_fields:
+            raise ValueError("this environment tells of no objects: plan for its goal picture (--objective goal)")
 
     def reset(self) -> None:
         """Look at the goal of the episode that has begun."""
-        goal = self.simulator.goal_observation()
-        fields = self.simulator.proprio_fields
-        places = {f.name: float(v) for f, v in zip(fields, goal.proprio, strict=True) if f.unit == "m"}
-        picture = GoalImage(self.world_model.frames.embed, self.world_model.encode_frames(goal.frames))
-        self._goal = WeightedSum(((1.0, picture), (self.proprio_weight, GoalProprio(places, fields))))
+        self.aim(self.simulator.goal_observation())
+
+    def aim(self, goal: Observation) -> None:
+        """Be in this state.
+
+        Raises:
+            ValueError: if objects are asked for that the model knows nothing of.
+        """
+        terms: list[tuple[float, Objective]] = []
+        model, fields = self.world_model, self.simulator.proprio_fields
+        if self.picture_weight and model is not None:
+            picture = GoalImage(model.frames.embed, model.encode_frames(goal.frames))
+            terms.append((self.picture_weight, picture))
+        if self.objects_weight:
+            seen_O = torch.from_numpy(goal.objects) if model is None else model.observe([goal]).objects_O
+            if not len(seen_O):
+                raise ValueError(
+                    "the checkpoint knows of no objects: train on data that tells them, or plan for goal"
+                )
+            terms.append((self.objects_weight, GoalObjects(seen_O.cpu(), self.simulator.object_fields)))
+        places = {f.name: float(v) for f, v in zip(fields, goal.proprio, strict=True) if f.unit in ("m", "px")}
+        if places:
+            terms.append((self.proprio_weight, GoalProprio(places, fields)))
+        self._goal = WeightedSum(tuple(terms))
 
     def __call__(self, imagination: Imagination) -> torch.Tensor:
         """Cost float32 [S]; see ``GoalImage``.

@@ -103,7 +103,8 @@ class PolicySpec:
     planner: str = "cem"
     """Planner of ``imagined`` and ``true``: one of ``PLANNERS``."""
     objective: str = "reward"
-    """What planning policies search for: reward, success, both of these, or goal (the goal picture and place)."""
+    """What planning policies search for: reward, success, both of these, goal (the goal picture and place), or objects
+    (where the model sees things in the goal picture, and place)."""
     budget: PlanningBudget = field(default_factory=PlanningBudget)
     """What a search may cost."""
     subgoals: SubgoalSettings = field(default_factory=SubgoalSettings)
@@ -214,6 +215,11 @@ def make_policy(
     elif spec.objective == "goal" and world_model is not None:
         objective = GoalOfEpisode(simulator, world_model)
         source = TrueSource(simulator, world_model.encode_frames)
+    elif spec.objective == "objects":
+        # In the true simulator nothing has to be seen: it tells where things are.
+        model = world_model if spec.imagines else None
+        objective = GoalOfEpisode(simulator, model, picture_weight=0.0, objects_weight=1.0, proprio_weight=1.0)
+        source = TrueSource(simulator)
     else:
         objective = find_objective(spec.objective)
         source = TrueSource(simulator)
@@ -291,6 +297,8 @@ def check_fits(world_model: Any, simulator: EpisodeSimulator) -> None:
         "proprio fields": ([f.name for f in config.proprio], [f.name for f in simulator.proprio_fields]),
         "pixels a side": (config.image_size, simulator.image_size),
     }
+    if config.objects and simulator.object_fields:
+        pairs["objects"] = ([f.name for f in config.objects], [f.name for f in simulator.object_fields])
     for what, (trained, given) in pairs.items():
         if trained != given:
             raise ValueError(f"the checkpoint does not fit {simulator.env_id}, {what}: {trained} against {given}")

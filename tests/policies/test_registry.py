@@ -107,6 +107,7 @@ def config(**changes) -> SimpleNamespace:
         "proprio": PointMass.proprio_fields,
         "image_size": 32,
         "cameras": ("front",),
+        "objects": (),
         "env_ids": ("PointMass-v0",),
     }
     return SimpleNamespace(config=SimpleNamespace(**(fitting | changes)))

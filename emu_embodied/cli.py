@@ -22,7 +22,7 @@ from tyro.conf import subcommand
 
 from emu_embodied.cli_explore import Walk
 from emu_embodied.cli_generate import Generate
-from emu_embodied.cli_inspect import Inspect
+from emu_embodied.cli_inspect import Card, Inspect
 from emu_embodied.cli_plan import Bench, Plan, named_envs
 from emu_embodied.cli_train import Device, Train, TrainDida, TrainPolicy, TrainTokenizer, TrainWorld
 
@@ -247,6 +247,7 @@ _SUBCOMMANDS: dict[str, Any] = {
     "bench": Bench,
     "imagine": Imagine,
     "inspect": Inspect,
+    "card": Card,
     "generate": Generate,
     "explore": Explore,
 }
@@ -258,6 +259,7 @@ Command = (
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Imagine, subcommand("imagine")]
     | Annotated[Inspect, subcommand("inspect")]
+    | Annotated[Card, subcommand("card")]
     | Annotated[Generate, subcommand("generate")]
     | Annotated[Explore, subcommand("explore")]
 )

@@ -1,4 +1,4 @@
-"""``inspect``: what a checkpoint knows. Part of the composition root, as ``cli.py`` is."""
+"""``inspect`` and ``card``: what a checkpoint knows, and what is to be told of it. Part of the composition root."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ class Inspect:
         from emu_embodied.metrics.horizons import record_fresh
         from emu_embodied.metrics.inspection import inspect_world
         from emu_embodied.policies.behaviours import BEHAVIOURS
+        from emu_embodied.policies.evaluate import weights_hash
         from emu_embodied.policies.registry import check_fits
         from emu_embodied.provenance import make_meta, meta_dict
         from emu_embodied.viz.inspection import draw_inspection
@@ -79,6 +80,7 @@ class Inspect:
             episodes=self.episodes,
             blocks=steps // world.block,
             horizon=self.horizon,
+            weights=weights_hash(self.checkpoint),
         )
         write_json(self.json, {**content, "plans": plans, "meta": meta_dict(meta)})
         draw_inspection(found, f"{self.checkpoint}, {self.env}", picture)
@@ -104,6 +106,34 @@ class Inspect:
         )
         simulator.close()
         return score_plans(world, scenes, seed=self.seed).to_dict()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """Write MODEL_CARD.md into a checkpoint folder: data, hash, training, what was measured, limits, licence.
+
+    Measurements given are kept in the folder (measured.json); those of other weights are refused.
+    """
+
+    checkpoint: str
+    """A shipped name or a checkpoint folder."""
+    inspect: str = ""
+    """Files that `inspect` wrote, with commas between."""
+    bench: str = ""
+    """Files that `bench` wrote, with commas between."""
+
+    def run(self) -> int:
+        """Render and write."""
+        from emu_embodied.model_card import write_card
+        from emu_embodied.policies.evaluate import weights_hash
+        from emu_embodied.world_config import checkpoint_folder
+
+        folder = checkpoint_folder(self.checkpoint)
+        inspections, benches = (
+            [Path(name.strip()) for name in names.split(",") if name.strip()] for names in (self.inspect, self.bench)
+        )
+        print(f"  {write_card(folder, weights_hash(self.checkpoint), inspections, benches)}")
+        return 0
 
 
 def _number(value: float | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from emu_embodied.models.ibq import IBQConfig
@@ -83,27 +83,32 @@ class Preset:
         )
 
 
-PRESETS: dict[str, Preset] = {
-    "nano": Preset(
-        layers=4,
-        width=128,
-        mlp=384,
-        heads=4,
-        kv_heads=2,
-        head_dim=32,
-        ibq=IBQConfig(
-            patch=4,
-            ch=64,
-            ch_mult=(1, 1),
-            num_res_blocks=1,
-            attn_resolutions=(),
-            z_channels=32,
-            embed_dim=16,
-            n_embed=512,
-            norm_groups=8,
-            resolution=64,
-        ),
+_NANO = Preset(
+    layers=4,
+    width=128,
+    mlp=384,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    ibq=IBQConfig(
+        patch=4,
+        ch=64,
+        ch_mult=(1, 1),
+        num_res_blocks=1,
+        attn_resolutions=(),
+        z_channels=32,
+        embed_dim=16,
+        n_embed=512,
+        norm_groups=8,
+        resolution=64,
     ),
+)
+
+PRESETS: dict[str, Preset] = {
+    "nano": _NANO,
+    # Five blocks ahead in one stretch: the goals of Push-T's protocol lie 25 env steps away.
+    "pusht": replace(_NANO, cameras=("top",), text_length=28, context_states=1, max_states=6),
+    "metaworld": replace(_NANO, cameras=("close",)),
     "small": Preset(
         layers=8,
         width=384,

@@ -21,11 +21,12 @@ from emu_embodied.train.loop import LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import state_loss
 from emu_embodied.train.meta import write_training_meta
 from emu_embodied.train.noise import draw_copies, noisy_logits, sample_times
-from emu_embodied.train.pretrain import WorldTraining, prepare_data
+from emu_embodied.train.pretrain import WorldTraining, fitted_fields, prepare_data
 from emu_embodied.train.rollout import own_samples, self_fed, with_own_samples
 from emu_embodied.train.subgoals import SubgoalTraining
 from emu_embodied.train.windows import action_loss, perception_loss
 from emu_embodied.world_config import WorldModelConfig
+from emu_embodied.world_files import official_text
 from emu_embodied.world_model import WorldModel
 
 
@@ -42,7 +43,8 @@ def train_dida(
     """Adapt a world model and keep the result in ``out``.
 
     ``out`` may hold the next-token model itself, which is then replaced by what it becomes. A model that is adapted
-    already can be adapted further, with other paths or data, into another folder.
+    already can be adapted further, with other paths or data, into another folder. What the data show beyond the model's
+    own, further tasks of the same robot and the objects' places, it learns too.
 
     Args:
         store: recorded like the model's own data.
@@ -68,11 +70,19 @@ def train_dida(
     device = pick_device(config.loop.device)
     world.frames.ibq.to(device)
     world.backbone.to(device)
+    learns_objects = bool(world.config.objects or store.spec.objects)
     tokens = encode_dataset(
-        store, world.frames, world.config.cameras, out / "tokens.safetensors", objects=bool(world.config.objects)
+        store, world.frames, world.config.cameras, out / "tokens.safetensors", objects=learns_objects
     )
-    data = prepare_data(world, tokens, config.held_out)
-    adapted = WorldModel(replace(world.config, paths=paths, decoding="dida"), world.backbone, world.frames)
+    grown = replace(
+        world.config,
+        env_ids=tuple(dict.fromkeys((*world.config.env_ids, *store.spec.env_ids))),
+        objects=world.config.objects or fitted_fields(store, tokens, world.config.state_bins)[1],
+        paths=paths,
+        decoding="dida",
+    )
+    adapted = WorldModel(grown, world.backbone, world.frames, official_text(world.text))
+    data = prepare_data(adapted, tokens, config.held_out)
     subgoals = SubgoalTraining(adapted, data, config, subtasks)
     adapted.config = replace(adapted.config, subgoals=subgoals.steps or world.config.subgoals)
     backbone = adapted.backbone.requires_grad_(True)
@@ -157,8 +167,6 @@ def check_same_recording(store: EpisodeStore, world: WorldModel) -> None:
     """
     config, spec = world.config, store.spec
     clashes = []
-    if not set(spec.env_ids) <= set(config.env_ids):
-        clashes.append(f"environments: dataset {', '.join(spec.env_ids)}; model {', '.join(config.env_ids)}")
     if spec.block != config.block:
         clashes.append(f"env steps in a block: dataset {spec.block}; model {config.block}")
     if spec.action_dim != config.action_dim:

@@ -13,6 +13,7 @@ from emu_embodied.data.subgoals import Subtasks
 from emu_embodied.hardware import pick_device
 from emu_embodied.models.transformer import EmuForCausalLM
 from emu_embodied.presets import Preset
+from emu_embodied.records import Field
 from emu_embodied.tokens.frames import IBQFrameTokenizer
 from emu_embodied.tokens.states import ProprioTokenizer
 from emu_embodied.train.evaluation import Judge
@@ -119,10 +120,7 @@ def new_world(
 ) -> WorldModel:
     """An untrained world model that fits a dataset."""
     spec = store.spec
-    rows = tokens.rows()
-    spread = torch.quantile(tokens.proprio_MP[rows].float(), torch.tensor([0.001, 0.999]), dim=0)
-    low, high = spread.tolist()
-    fitted = ProprioTokenizer.fit((*spec.proprio, *spec.objects), low, high, preset.state_bins).fields
+    proprio, objects = fitted_fields(store, tokens, preset.state_bins)
     config = WorldModelConfig(
         env_ids=spec.env_ids,
         data_hash=store.data_hash,
@@ -132,8 +130,8 @@ def new_world(
         codebook=preset.ibq.n_embed,
         block=spec.block,
         action_dim=spec.action_dim,
-        proprio=fitted[: len(spec.proprio)],
-        objects=fitted[len(spec.proprio) :],
+        proprio=proprio,
+        objects=objects,
         text_length=preset.text_length,
         action_bins=preset.action_bins,
         state_bins=preset.state_bins,
@@ -145,6 +143,16 @@ def new_world(
         torch.manual_seed(seed)  # module initialisers know only the global generator
         backbone = EmuForCausalLM(preset.backbone(spec.action_dim))
     return WorldModel(config, backbone, frames)
+
+
+def fitted_fields(store: EpisodeStore, tokens: TokenDataset, bins: int) -> tuple[tuple[Field, ...], tuple[Field, ...]]:
+    """Proprio and object fields with the range that a dataset covers; no objects if the tokens hold none."""
+    numbers_MP = tokens.proprio_MP[tokens.rows()].float()
+    fields = (*store.spec.proprio, *store.spec.objects)[: numbers_MP.shape[1]]
+    low, high = torch.quantile(numbers_MP, torch.tensor([0.001, 0.999]), dim=0).tolist()
+    fitted = ProprioTokenizer.fit(fields, low, high, bins).fields
+    known = len(store.spec.proprio)
+    return fitted[:known], fitted[known:]
 
 
 def check_fits_preset(store: EpisodeStore, preset: Preset, frames: IBQFrameTokenizer) -> None:

@@ -109,7 +109,6 @@ FOREIGN = {
     "pixels": ({"cameras": dict.fromkeys(tiny.CAMERAS, (16, 16))}, STAGES, "16", "8"),
     "action": ({"action_dim": 5}, ("dida",), "5", "2"),
     "proprio": ({"proprio": (Field("joint", "rad", -3.0, 3.0),)}, ("dida",), "joint", "grip"),
-    "environment": ({"env_ids": ("Elsewhere-v0",)}, ("dida",), "Elsewhere-v0", "Dot-v0"),
 }
 
 

@@ -210,7 +210,7 @@ def test_data_of_another_block_size_is_refused_with_both_values(world_out, tmp_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"env_ids": ("Dash-v0",)}, "environments: dataset Dot-v0; model Dash-v0"),
+        ({"objects": tiny.FIELDS[:1]}, "object fields: dataset dot_x, dot_y; model x"),
         ({"action_dim": 3}, "action dimensions: dataset 2; model 3"),
         ({"proprio": tiny.FIELDS[:2]}, "proprio fields: dataset x, y, grip; model x, y"),
     ],
@@ -254,3 +254,12 @@ def test_undefined_figures_do_not_break_the_record(store, tmp_path, monkeypatch)
     train_world(store, tiny.PRESET, tiny.make_tokenizer(), short(1, 1), tmp_path / "out", resume=False)
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert meta["world"]["extra"]["figures"]["eval/reward_corr"] is None
+
+
+def test_training_on_learns_further_tasks_and_objects(store, world_out, tmp_path):
+    world = WorldModel.from_pretrained(world_out)
+    world.config = replace(world.config, env_ids=("Dash-v0",), objects=())
+    adapt.train_dida(store, world, tiny.TRAINING, tmp_path / "grown", resume=False)
+    grown = WorldModel.from_pretrained(tmp_path / "grown").config
+    assert grown.env_ids == ("Dash-v0", "Dot-v0")
+    assert [field.name for field in grown.objects] == ["dot_x", "dot_y"]

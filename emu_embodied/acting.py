@@ -1,6 +1,6 @@
 """The policy role: the backbone emits the next action block, for many environments in one forward pass.
 
-What a decision was made on (``Situations``) is kept as tokens: about 300 bytes for the shipped model, so that an update
+What a decision was made on (``Situations``) is kept as tokens: some 250 bytes for the shipped model, so that an update
 evaluates thousands of decisions again without a simulator and without a picture.
 """
 

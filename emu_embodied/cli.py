@@ -81,10 +81,13 @@ class Collect:
     first, and drawing is most of what recording costs."""
     mixture: str = "expert=0.25,noisy=0.35,random=0.2,play=0.2"
     """Behaviours and their shares."""
+    pairs: Literal["all", "seen"] = "all"
+    """`seen` leaves out the pairs of colour and side that the language test asks for (the Panda's own tasks)."""
 
     def run(self) -> int:
         """Collect."""
         from emu_embodied.data.collect import CollectConfig, collect
+        from emu_embodied.envs.language import make_spoken
         from emu_embodied.envs.registry import make
         from emu_embodied.policies.behaviours import BEHAVIOURS
         from emu_embodied.provenance import make_meta, meta_dict

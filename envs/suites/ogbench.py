@@ -34,6 +34,13 @@ _LIMITS = {"single": 200, "double": 500, "triple": 1000, "quadruple": 1000, "sce
 """[env steps] the suite's own."""
 _IN_DRAWER = -0.3
 """[m] a cube's y beyond which it lies in the closed drawer."""
+_SLIDES = {
+    "drawer": ("m", -0.17, 0.01),
+    "window": ("m", -0.01, 0.21),
+    "left_button": ("", 0.0, 1.0),
+    "right_button": ("", 0.0, 1.0),
+}
+"""What else the scene is about: unit and range."""
 _OPEN = -0.12
 """[m] drawer positions below this are open enough to put a cube in."""
 
@@ -72,7 +79,6 @@ class OGBench:
         image_size: edge of the pictures [px].
     """
 
-    object_fields: tuple[Field, ...] = ()
     proprio_fields = (
         Field("ee_x", "m", 0.2, 0.65),
         Field("ee_y", "m", -0.45, 0.45),
@@ -95,6 +101,14 @@ class OGBench:
         self._env: Any = (SceneEnv if self._scene else CubeEnv)(number or kind, terminate_at_goal=False)
         self._size = image_size
         self._env.reset(seed=0, options={"task_id": 1})  # compiles the model
+        self.object_fields = tuple(
+            Field(f"{thing}{cube}_{axis}", "m", low, high)
+            for thing in ("cube", "goal")
+            for cube in range(self._env._num_cubes)
+            for axis, low, high in (("x", 0.2, 0.65), ("y", -0.5, 0.5), ("z", 0.0, 0.4))
+        )
+        if self._scene:
+            self.object_fields += tuple(Field(f"{kind}{of}", *_SLIDES[of]) for kind in ("", "goal_") for of in _SLIDES)
         self._model, self._data = self._env._model, self._env._data
         self._pinch = self._env._pinch_site_id
         self._view = View(self._model, size=image_size, cameras=_CAMERAS, faces=150)
@@ -154,8 +168,14 @@ class OGBench:
         return np.array([*self._tool(), *self._velocity[3:], yaw, opening])
 
     def objects(self) -> np.ndarray:
-        """See ``World``: nothing is told."""
-        return np.zeros(0)
+        """See ``World``: cubes and their goals; in the scene, also the slides of drawer and window, and the buttons."""
+        env, cubes = self._env, range(self._env._num_cubes)
+        places = [*(self._cube(cube) for cube in cubes), *(self._goal(cube) for cube in cubes)]
+        if self._scene:
+            slides = [float(self._data.joint(f"{thing}_slide").qpos[0]) for thing in ("drawer", "window")]
+            places.append(np.array([*slides, *env._cur_button_states]))
+            places.append(np.array([env._target_drawer_pos, env._target_window_pos, *env._target_button_states]))
+        return np.concatenate(places)
 
     def draw(self, camera: str) -> np.ndarray:
         """See ``World``."""

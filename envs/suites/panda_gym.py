@@ -85,7 +85,6 @@ class PandaGym:
         image_size: edge of the pictures [px].
     """
 
-    object_fields: tuple[Field, ...] = ()
     cameras = tuple(_VIEWS)
     control_dt = 0.04
 
@@ -109,6 +108,12 @@ class PandaGym:
             self._sim.set_base_pose(name, np.array([0.0, 0.0, -10.0 - i]), np.array([0.0, 0.0, 0.0, 1.0]))
         self._pristine = BulletSnapshot(self._client)
         self.weights = {"goal": 0.6, "near": 0.2, "success": 0.2} if self._items else {"goal": 0.8, "success": 0.2}
+        self.object_fields = tuple(
+            Field(f"{thing}{number}_{axis}", "m", low, high)
+            for thing in ("object", "goal")
+            for number in (("1", "2") if len(self._items) > 1 else ("",))
+            for axis, low, high in (("x", -0.5, 0.8), ("y", -0.5, 0.5), ("z", -0.02, 0.4))
+        )
         self.proprio_fields = (
             Field("ee_x", "m", -0.5, 0.5),
             Field("ee_y", "m", -0.5, 0.5),
@@ -148,8 +153,9 @@ class PandaGym:
         return np.array([*robot.get_ee_position(), *robot.get_ee_velocity(), robot.get_fingers_width()])
 
     def objects(self) -> np.ndarray:
-        """See ``World``: nothing is told."""
-        return np.zeros(0)
+        """See ``World``: what has to get to its goal (in a reach, the tool), and the goals."""
+        task = self._env.task
+        return np.concatenate([task.get_achieved_goal(), task.get_goal()])
 
     def draw(self, camera: str) -> np.ndarray:
         """See ``World``."""

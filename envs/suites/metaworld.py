@@ -182,7 +182,7 @@ class MetaWorld:
         return np.array([*env.data.xpos[self._hand], *self._velocity[3:], env._prev_obs[3]])
 
     def objects(self) -> np.ndarray:
-        """See ``World``: what the suite's own observation says of its two things, zeros where it has one, and the goal."""
+        """See ``World``: the two things of the suite's own observation (zeros where it has one), and the goal."""
         seen = self._env._prev_obs
         return np.concatenate([seen[4:7], seen[11:14], self._env._target_pos])
 

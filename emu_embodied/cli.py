@@ -101,7 +101,8 @@ class Collect:
             mixture=_shares(self.mixture),
         )
         cameras = {"cameras": tuple(name.strip() for name in self.cameras.split(","))} if self.cameras else {}
-        simulators = partial(make, image_size=self.image_size, **cameras)
+        maker = make if self.pairs == "all" else partial(make_spoken, pairs=self.pairs)
+        simulators = partial(maker, image_size=self.image_size, **cameras)
         result = collect(config, simulators, BEHAVIOURS, meta=meta_dict(make_meta(seed=self.seed)))
         stored, name = len(result.store), result.store.data_hash[:16]
         print(f"{stored} episodes in {self.out} ({result.recorded} new), data hash {name}")

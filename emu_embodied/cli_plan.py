@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from emu_embodied.cli_train import Device
 
@@ -59,19 +59,24 @@ class Search:
     device: Device = "auto"
     """Where the world model runs."""
 
+    def _budget(self) -> dict[str, Any]:
+        """What was asked for of a ``PlanningBudget``."""
+        from emu_embodied.policies.registry import PlanningBudget
+
+        names = {field.name for field in fields(PlanningBudget)} & {field.name for field in fields(Search)}
+        asked = {name: getattr(self, name) for name in sorted(names)}
+        return {name: value for name, value in asked.items() if value is not None}
+
     def _spec(self, policy: str) -> PolicySpec:
         from emu_embodied.hardware import pick_device
         from emu_embodied.policies.registry import PlanningBudget, PolicySpec
 
-        names = {field.name for field in fields(PlanningBudget)} & {field.name for field in fields(Search)}
-        given = {name: getattr(self, name) for name in sorted(names)}
-        budget = PlanningBudget(**{name: value for name, value in given.items() if value is not None})
         return PolicySpec(
             name=policy,
-            checkpoint=self.checkpoint,
+            checkpoint=self.checkpoint or "nano",
             planner=self.planner,
             objective=self.objective,
-            budget=budget,
+            budget=PlanningBudget(**self._budget()),
             device=str(pick_device(self.device)),
         )
 
@@ -172,20 +177,28 @@ class Bench(Search):
     A file that exists is completed: rows of the same settings are kept, others are measured.
     """
 
+    protocol: str = ""
+    """A published benchmark by its own rule, instead of --env: p1, p2, p3 or p5. Its rows bring their own objectives,
+    and are measured episode by episode, so that a run that was stopped goes on."""
+    checkpoint: str = ""
+    """A shipped name or a checkpoint folder; nano if left out, but with --protocol none: learned rows are not run."""
     env: str = ""
     """Environment id, or several with commas between."""
     suite: str = ""
     """All of a suite instead: panda, metaworld, pusht, fetch, ogbench, panda-gym."""
-    policy: str
-    """random, scripted, token, shooting, imagined, true, subgoals or true_subgoals; or several with commas between."""
+    policy: str = ""
+    """random, scripted, token, shooting, imagined, true, subgoals or true_subgoals; or several with commas between. Of
+    a protocol: rows of its table, all if left out."""
     temperature: float = 0.0
     """At which the token policy draws its action tokens; 0 takes the most likely."""
-    episodes: int = 100
-    """Episodes of a row."""
+    episodes: int | None = None
+    """Episodes of a row; 100, or as many as the protocol asks for."""
     seed: int = 0
     """First reset seed; the others follow."""
     workers: int = 2
     """Processes of one thread each."""
+    max_minutes: float | None = None
+    """Stop a protocol after this time, with what there is; the same command goes on [min]."""
     json: Path
     """File for the rows."""
 
@@ -197,23 +210,30 @@ class Bench(Search):
         from emu_embodied.provenance import make_meta
         from emu_embodied.world_config import WorldModelConfig, checkpoint_folder
 
-        env_ids = named_envs(self.env, self.suite)
-        acting = ActingSettings(temperature=self.temperature)
-        policies = [replace(self._spec(name.strip()), acting=acting) for name in self.policy.split(",")]
-        if self.episodes < 1:
+        if self.episodes is not None and self.episodes < 1:
             raise ValueError(f"--episodes is {self.episodes}, it has to be at least 1")
+        acting = ActingSettings(temperature=self.temperature)
+        if self.protocol:
+            return self._run_protocol(replace(self._spec("imagined"), acting=acting))
+        if self.max_minutes is not None:
+            raise ValueError("--max-minutes is for --protocol: without it a run goes on row by row")
+        if not self.policy:
+            raise ValueError("give --policy, or --protocol")
+        episodes = 100 if self.episodes is None else self.episodes
+        env_ids = named_envs(self.env, self.suite)
+        policies = [replace(self._spec(name.strip()), acting=acting) for name in self.policy.split(",")]
         kept = read_results(self.json) if self.json.exists() else []
         wanted = {(env_id, spec.name) for env_id in env_ids for spec in policies}
         others = [row for row in kept if (row.env, row.policy) not in wanted]
         data_hash, simulators = None, partial(make)
         if any(spec.needs_model for spec in policies):
-            world = WorldModelConfig.load(checkpoint_folder(self.checkpoint) / "world.json")
+            world = WorldModelConfig.load(checkpoint_folder(policies[0].checkpoint) / "world.json")
             data_hash, simulators = world.data_hash, partial(make, image_size=world.image_size)
         meta = make_meta(seed=self.seed, data_hash=data_hash)
         rows = bench(
             env_ids,
             policies,
-            episodes=self.episodes,
+            episodes=episodes,
             seed=self.seed,
             make_simulator=simulators,
             workers=self.workers,
@@ -222,4 +242,27 @@ class Bench(Search):
         )
         write_results(self.json, [*others, *rows], meta)
         print(format_table([*others, *rows]))
+        return 0
+
+    def _run_protocol(self, template: PolicySpec) -> int:
+        """Measure the rows of a protocol's table."""
+        from emu_embodied.envs.registry import check_env_id
+        from emu_embodied.experiments.protocols import find_protocol
+        from emu_embodied.experiments.protocols.runner import Run, format_rows, load_model, run_protocol
+        from emu_embodied.provenance import make_meta
+
+        if self.env or self.suite:
+            raise ValueError("a protocol says which environments it is about: leave --env and --suite out")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"--max-minutes is {self.max_minutes}, it has to be above 0")
+        protocol = find_protocol(self.protocol)
+        for env_id in protocol.env_ids:
+            check_env_id(env_id)
+        names = [name.strip() for name in self.policy.split(",")] if self.policy else []
+        controls = [protocol.equip(control, template, self._budget()) for control in protocol.choose(names)]
+        model = load_model(self.checkpoint) if self.checkpoint else None
+        meta = make_meta(seed=self.seed, data_hash=None if model is None else model.config.data_hash)
+        run = Run(episodes=self.episodes, seed=self.seed, workers=self.workers, max_minutes=self.max_minutes)
+        rows = run_protocol(protocol, controls, run, self.json, meta, model=model)
+        print(format_rows(rows))
         return 0

@@ -184,8 +184,8 @@ def encode_dataset(
     order = sorted(range(len(store)), key=lambda i: store.entries[i].file)
     for i in tqdm(order, desc="read episodes", unit="ep"):
         name = store.entries[i].sha256
-        for episode in store.iter_valid([i]):
-            codes = known.get(name)
+        codes = known.get(name)
+        for episode in store.iter_valid([i], frames=codes is None):
             if codes is None:
                 frames = np.stack([episode.frames[camera] for camera in cameras], 1)
                 codes = tokenizer.encode(frames.reshape(-1, *frames.shape[2:])).reshape(len(frames), -1)

@@ -264,15 +264,29 @@ class EpisodeStore:
             raise DamagedEpisode(f"{path}: {error}") from error
         return episode
 
+    def numbers(self, index: int) -> Episode:
+        """One episode without its frames: they are not unpacked, so the content's hash is not checked either.
+
+        Raises:
+            IndexError: past the end.
+            DamagedEpisode: if its file cannot be used.
+        """
+        return decode(self.path(self._entries[index]), frames=False)
+
     def __iter__(self) -> Iterator[Episode]:
         """All episodes; raises ``DamagedEpisode`` where ``iter_valid`` would warn."""
         return (self[i] for i in range(len(self)))
 
-    def iter_valid(self, indices: Iterable[int] | None = None) -> Iterator[Episode]:
-        """Episodes (all, or those asked for) that can be read; a damaged file is named in a warning and skipped."""
+    def iter_valid(self, indices: Iterable[int] | None = None, *, frames: bool = True) -> Iterator[Episode]:
+        """Episodes (all, or those asked for) that can be read; a damaged file is named in a warning and skipped.
+
+        Args:
+            indices: which.
+            frames: whether with their frames, see ``numbers``.
+        """
         for i in range(len(self)) if indices is None else indices:
             try:
-                episode = self[i]
+                episode = self[i] if frames else self.numbers(i)
             except DamagedEpisode as error:
                 warnings.warn(f"skipped: {error}", RuntimeWarning, stacklevel=2)
             else:
@@ -366,24 +380,29 @@ def encode(episode: Episode) -> EncodedEpisode:
     return EncodedEpisode(_entry(episode), buffer.getvalue())
 
 
-def decode(path: Path) -> Episode:
+def decode(path: Path, *, frames: bool = True) -> Episode:
     """Read one episode file.
+
+    Args:
+        path: the file.
+        frames: whether to unpack the frames, most of it.
 
     Raises:
         DamagedEpisode: naming the file and what is wrong with it.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+            wanted = [name for name in archive.files if frames or not name.startswith(_FRAMES)]
+            arrays = {name: archive[name] for name in wanted}
         text = json.loads(arrays.pop(_TEXT).tobytes())
-        frames = {name.removeprefix(_FRAMES): arrays.pop(name) for name in list(arrays) if name.startswith(_FRAMES)}
+        films = {name.removeprefix(_FRAMES): arrays.pop(name) for name in list(arrays) if name.startswith(_FRAMES)}
         return Episode(
             env_id=str(text["env_id"]),
             seed=int(text["seed"]),
             source=str(text["source"]),
             instruction=str(text["instruction"]),
             phases=tuple(str(phase) for phase in text["phases"]),
-            frames=frames,
+            frames=films,
             **{name: arrays[name] for name in _ARRAYS if name != _OBJECTS},
             objects_TO=arrays.get(_OBJECTS, np.zeros((len(arrays["reward_T"]), 0), np.float32)),
         )

@@ -272,3 +272,12 @@ def test_recording_a_number_again_replaces_it(store: EpisodeStore) -> None:
     for seen in (store, EpisodeStore.open(store.folder)):
         assert [entry.seed for entry in seen.entries] == [0, 8, 2, 3]
         assert same(seen[1], make_episode(8))
+
+
+def test_numbers_are_the_episode_without_its_frames(store: EpisodeStore) -> None:
+    whole, numbers = store[1], store.numbers(1)
+    assert numbers.frames == {}
+    assert same(dataclasses.replace(whole, frames={}), numbers)
+    truncate(store.path(store.entries[2]))
+    with pytest.warns(RuntimeWarning, match=r"0000002\.npz"):
+        assert [episode.seed for episode in store.iter_valid(frames=False)] == [0, 1, 3]

@@ -23,14 +23,28 @@ METAWORLD_TASKS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
-    """Versions of a package that a suite does not run with, and why."""
+    """Versions of a package that a suite runs with, and why not with others."""
 
     package: str
-    below: tuple[int, ...]
-    """First version that does not work."""
+    since: tuple[int, ...] = ()
+    """First version that works; empty where none is known not to."""
+    below: tuple[int, ...] = ()
+    """First later version that does not work; empty where none is known."""
     why: str
+    """What is different in the others."""
+
+    def broken(self) -> str | None:
+        """What is wrong with the installed version; None if nothing is, or none is installed."""
+        found = _version(self.package)
+        if found is None:
+            return None
+        if self.since and _numbers(found) < self.since:
+            return f"{self.package} {found}: before {_text(self.since)} {self.why}"
+        if self.below and _numbers(found) >= self.below:
+            return f"{self.package} {found}: from {_text(self.below)} on {self.why}"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,11 +78,9 @@ class Suite:
                 f"pip install 'emu-embodied[{self.extra}]'"
             )
         for limit in self.limits:
-            found = _version(limit.package)
-            if found is not None and _numbers(found) >= limit.below:
-                first = ".".join(map(str, limit.below))
+            if (wrong := limit.broken()) is not None:
                 return (
-                    f"the suite {self.name} does not run with {limit.package} {found}: from {first} on {limit.why}. "
+                    f"the suite {self.name} does not run with {wrong}. "
                     f"pip install 'emu-embodied[{self.extra}]' brings versions that go together"
                 )
         return _dm_control_mismatch(self.name) if "dm_control" in self.modules else None
@@ -79,6 +91,10 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _text(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -107,8 +123,16 @@ def _dm_control_mismatch(suite: str) -> str | None:
     )
 
 
-_EQ_DATA = Limit("mujoco", (3, 17), "equality constraints have another layout than Meta-World writes")
-_JOINT_TYPES = Limit("mujoco", (3, 12), "joint types are no longer what Gymnasium-Robotics compares them with")
+_METAWORLD = (
+    Limit(package="metaworld", since=(3,), why="tasks are of version 2, with other names and rewards"),
+    Limit(package="mujoco", below=(3, 17), why="equality constraints have another layout than Meta-World writes"),
+)
+_FETCH = (
+    Limit(package="gymnasium-robotics", since=(1, 4), why="Fetch is of an earlier version, which starts elsewhere"),
+    Limit(package="mujoco", below=(3, 12), why="joint types are no longer what Gymnasium-Robotics compares them with"),
+)
+_PUSHT = (Limit(package="pymunk", below=(7,), why="collision handlers are attached in another way than gym-pusht's"),)
+_PANDA_GYM = (Limit(package="panda-gym", since=(3,), why="environments are Gym's, not Gymnasium's"),)
 
 SUITES: dict[str, Suite] = {
     suite.name: suite
@@ -118,20 +142,21 @@ SUITES: dict[str, Suite] = {
             tasks={f"MetaWorld/{task}-v3": f"{task}-v3" for task in METAWORLD_TASKS},
             world="metaworld:MetaWorld",
             modules=("mujoco", "metaworld", "fast_simplification"),
-            limits=(_EQ_DATA,),
+            limits=_METAWORLD,
         ),
         Suite(
             name="pusht",
             tasks={"PushT": "PushT"},
             world="pusht:PushT",
-            modules=("gym_pusht",),
+            modules=("gym_pusht", "pymunk"),
+            limits=_PUSHT,
         ),
         Suite(
             name="fetch",
             tasks={f"Fetch/{task}": task for task in ("Reach", "Push", "PickAndPlace", "Slide")},
             world="fetch:Fetch",
             modules=("mujoco", "gymnasium_robotics", "fast_simplification"),
-            limits=(_JOINT_TYPES,),
+            limits=_FETCH,
         ),
         Suite(
             name="ogbench",
@@ -147,6 +172,7 @@ SUITES: dict[str, Suite] = {
             tasks={f"PandaGym/{task}": task for task in ("Reach", "Push", "Slide", "PickAndPlace", "Stack")},
             world="panda_gym:PandaGym",
             modules=("pybullet", "panda_gym"),
+            limits=_PANDA_GYM,
         ),
         *(
             Suite(
@@ -170,9 +196,10 @@ def find_suite(name: str) -> Suite:
         ValueError: if there is none of this name; the message names the nearest one.
     """
     if name not in SUITES:
-        near = difflib.get_close_matches(name.lower(), SUITES, n=1, cutoff=0.4)
+        known = ("panda", *SUITES)  # our own worlds are asked for in the same way
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown suite {name!r}; {hint}known: {', '.join(SUITES)}")
+        raise ValueError(f"unknown suite {name!r}; {hint}known: {', '.join(known)}")
     return SUITES[name]
 
 
@@ -186,7 +213,8 @@ def make_suite_env(suite: str, env_id: str, *, image_size: int = 64, **kwargs: A
         **kwargs: see ``SuiteEnv``.
 
     Raises:
-        ImportError: if the suite is not installed, or with versions that do not go together; with the pip line.
+        ImportError: if the suite is not installed, with versions that do not go together, or cannot be imported; with
+            the pip line.
     """
     found = SUITES[suite]
     reason = found.missing()
@@ -195,5 +223,11 @@ def make_suite_env(suite: str, env_id: str, *, image_size: int = 64, **kwargs: A
     if "mujoco" in found.modules:
         import_module("emu_embodied.envs.mujoco")  # settles on an OpenGL library before anyone else imports MuJoCo
     module, _, name = found.world.partition(":")
-    world = getattr(import_module(f"emu_embodied.envs.suites.{module}"), name)
+    try:
+        world = getattr(import_module(f"emu_embodied.envs.suites.{module}"), name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"the suite {suite} is installed but cannot be imported ({error}): "
+            f"pip install 'emu-embodied[{found.extra}]' brings versions that go together"
+        ) from error
     return SuiteEnv(world(found.tasks[env_id], image_size=image_size), env_id=env_id, image_size=image_size, **kwargs)

@@ -143,6 +143,10 @@ class Fetch:
         self._view.close()
         self._env.close()
 
+    def aim(self, place: np.ndarray) -> None:
+        """Put the goal somewhere else, float64 [3] [m]."""
+        self._env.goal = np.array(place, float)
+
     def _renew(self) -> None:
         load_state(self._env.model, self._env.data, save_state(self._env.model, self._env.data))
 

@@ -39,7 +39,7 @@ _LIMITS = {"spatial": 220, "object": 280, "goal": 300, "10": 520, "90": 400}
 _THINGS = {"spatial": 2, "object": 2, "goal": 2, "10": 4, "90": 3}
 """How many things a task of the suite is about at most."""
 _SETTLE = 5
-"""[env steps] without a move at the start of an episode, in which things come to rest, as in LIBERO's own evaluation."""
+"""[env steps] without a move at the start of an episode, in which things come to rest: LIBERO evaluates so."""
 _CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 
 

@@ -250,6 +250,11 @@ class OGBench:
         self._view.close()
         self._env.close()
 
+    def aim(self, place: np.ndarray) -> None:
+        """Put the (first) cube's goal somewhere else, float64 [3] [m]."""
+        self._data.mocap_pos[self._env._cube_target_mocap_ids[0]] = place
+        self._renew()
+
     # What is where
 
     def _renew(self, *, moved: bool = True) -> None:

@@ -13,7 +13,7 @@ import pytest
 from emu_embodied.envs import env_ids, suite_ids
 from emu_embodied.envs.registry import check_env_id
 from emu_embodied.envs.suites import catalog
-from emu_embodied.envs.suites.catalog import Limit, Suite
+from emu_embodied.envs.suites.catalog import SUITES, Suite
 from emu_embodied.envs.suites.gymnasium_image import GymnasiumImageEnv
 from emu_embodied.envs.suites.world import SuiteEnv
 from tests.envs.fake_world import Corridor, FakeWorld, adapted
@@ -26,6 +26,13 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
         check_env_id("MetaWorld/reech-v3")
     with pytest.raises(ValueError, match="did you mean 'metaworld'"):
         suite_ids("metawolrd")
+    with pytest.raises(ValueError, match="did you mean 'panda'"):
+        suite_ids("Panda")
+    with pytest.raises(ValueError, match="did you mean 'libero-10'"):
+        suite_ids("libero10")
+    for wrong, right in (("LIBERO/spatial/3", "LIBERO/spatial-3"), ("libero/goal-7", "LIBERO/goal-7")):
+        with pytest.raises(ValueError, match=f"did you mean '{right}'"):
+            check_env_id(wrong)
     with pytest.raises(ValueError, match="did you mean 'eye'"):
         SuiteEnv(FakeWorld(), env_id="Fake/Go", cameras=("eyes",))
 
@@ -37,10 +44,47 @@ def test_a_suite_that_is_not_installed_says_what_to_install(monkeypatch: pytest.
         catalog.make_suite_env("absent", "Absent/Task")
 
 
-def test_wrong_versions_say_which_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    old = Suite(name="old", tasks={}, world="", modules=(), limits=(Limit("mujoco", (3, 2), "the layout changed"),))
-    assert "from 3.2 on the layout changed" in (old.missing() or "")
-    assert Suite(name="new", tasks={}, world="", modules=(), limits=(Limit("mujoco", (99,), "x"),)).missing() is None
+def test_a_suite_that_is_broken_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Suite(name="broken", tasks={"Broken/T": "t"}, world="no_such_file:World", modules=())
+    nameless = Suite(name="broken", tasks={"Broken/T": "t"}, world="closeness:World", modules=())
+    for suite, said in ((broken, "No module named"), (nameless, "has no attribute 'World'")):
+        monkeypatch.setitem(catalog.SUITES, "broken", suite)
+        with pytest.raises(ImportError, match=rf"cannot be imported.*{said}.*pip install 'emu-embodied\[suites\]'"):
+            catalog.make_suite_env("broken", "Broken/T")
+
+
+@pytest.mark.parametrize(
+    ("suite", "package", "version", "said"),
+    [
+        ("metaworld", "metaworld", "2.0.0", "before 3 tasks are of version 2"),
+        ("metaworld", "mujoco", "3.17.0", "from 3.17 on equality constraints"),
+        ("fetch", "mujoco", "4.0.0", "from 3.12 on joint types"),
+        ("fetch", "gymnasium-robotics", "1.2.4", "before 1.4 Fetch"),
+        ("pusht", "pymunk", "7.0.1", "from 7 on collision handlers"),
+        ("panda-gym", "panda-gym", "2.0.4", "before 3 environments are Gym's"),
+        ("ogbench", "mujoco", "3.8.1", "was made for mujoco 3.3"),
+    ],
+)
+def test_wrong_versions_say_which_and_why(
+    suite: str, package: str, version: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = {
+        "mujoco": "3.3.0",
+        "metaworld": "3.1.1",
+        "gymnasium-robotics": "1.4.2",
+        "pymunk": "6.11.1",
+        "panda-gym": "3.0.7",
+        "dm-control": "1.0.28",
+    }
+    monkeypatch.setattr(catalog, "_version", installed.get)
+    monkeypatch.setattr(catalog, "find_spec", lambda name: name)  # as if everything were installed
+    assert SUITES[suite].missing() is None
+    installed[package] = version
+    reason = SUITES[suite].missing() or ""
+    assert said in reason and f"{package} {version}" in reason and "pip install" in reason
+
+
+def test_dm_control_goes_with_one_mujoco(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"dm-control": "1.0.28", "mujoco": "3.8.1"}
     monkeypatch.setattr(catalog, "_version", installed.get)
     assert "made for mujoco 3.3" in (catalog._dm_control_mismatch("ogbench") or "")

@@ -123,7 +123,7 @@ def _agreement(outcome: Outcome) -> float | None:
 
 for _term in (
     RewardTerm(name="success", kind="task", low=0, high=1, unit="1", measure=_success),
-    RewardTerm(name="progress", kind="task", low=0, high=1, unit="of the reward still to be had", measure=_progress),
+    RewardTerm(name="progress", kind="task", low=-1, high=1, unit="of the reward still to be had", measure=_progress),
     RewardTerm(name="smoothness", kind="task", low=0, high=1, unit="1", measure=_smoothness),
     RewardTerm(name="time", kind="task", low=0, high=1, unit="of the step budget left", measure=_time),
     RewardTerm(name="format", kind="task", low=0, high=1, unit="of the tokens", measure=lambda o: o.valid),

@@ -94,17 +94,19 @@ class Actor:
 
     Args:
         world: whose weights, tokens and embodiment act.
-        context_states: latest states a decision looks at [states]. One by default: the tasks here show all that matters
-            in one picture and its proprio, it is the cheapest, and a cloned policy that sees its own past actions
-            learns to repeat them (the copycat problem). The weights know at most ``max_states - 1``.
+        context_states: latest states a decision looks at [states]; what the weights were cloned with by default, and
+            that is one unless asked for: the tasks here show all that matters in one picture and its proprio, it is
+            the cheapest, and a cloned policy that sees its own past actions learns to repeat them (the copycat
+            problem). The weights know at most ``max_states - 1``.
 
     Raises:
         ValueError: if the weights cannot act (no action tokens, or none that were ever trained), or were not trained on
             so many states.
     """
 
-    def __init__(self, world: WorldModel, *, context_states: int = 1) -> None:
+    def __init__(self, world: WorldModel, *, context_states: int | None = None) -> None:
         config = world.config
+        context_states = config.policy_states if context_states is None else context_states
         if config.action_bins < 2:
             raise ValueError("these weights have no action tokens (action_bins is 1): train a world model with some")
         if config.tokens == "emu3.5" and config.data_hash == "none" and not config.paths:

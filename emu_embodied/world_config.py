@@ -65,6 +65,8 @@ class WorldModelConfig:
     the rest of the state."""
     subgoals: int = 0
     """Subtasks in a window of the planner's role that the weights were trained on [subtasks]; 0: they know none."""
+    policy_states: int = 1
+    """Latest states that a decision of the policy role looks at [states]."""
     decoding: Literal["autoregressive", "dida"] = "autoregressive"
     """Decoder used unless another is asked for."""
     passes: int = 1
@@ -100,6 +102,7 @@ class WorldModelConfig:
         for name in self.paths:
             known_path(name)
         _check_count("subgoals", self.subgoals, 0)
+        _check_count("policy_states", self.policy_states, 1)
         if not self.temperature >= 0:
             raise ValueError(f"temperature is {self.temperature}, it has to be at least 0")
         if not 0 <= self.source_noise <= 1:

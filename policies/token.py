@@ -20,8 +20,8 @@ class ActingSettings:
 
     temperature: float = 0.0
     """Of the draw of action tokens; 0 takes the most likely."""
-    context_states: int = 1
-    """Latest states it looks at [states]; see ``emu_embodied.acting.Actor``."""
+    context_states: int | None = None
+    """Latest states it looks at [states]; what the checkpoint was cloned with by default (``acting.Actor``)."""
 
     def __post_init__(self) -> None:
         """Check the temperature; how many states are known is the weights' to say.

@@ -216,8 +216,8 @@ def train_policy(
     device = pick_device(config.loop.device)
     world.frames.ibq.to(device)
     world.backbone.to(device)
-    if world.config.data_hash == "none":
-        world.config = replace(world.config, data_hash=store.data_hash)
+    known = store.data_hash if world.config.data_hash == "none" else world.config.data_hash
+    world.config = replace(world.config, data_hash=known, policy_states=config.context_states)
     learner = _Learner(store, chosen, world, config, out)
     backbone = world.backbone.requires_grad_(True)
 

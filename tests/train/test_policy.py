@@ -257,12 +257,14 @@ def test_from_a_dataset_to_a_row_of_a_table(experts, tmp_path, monkeypatch, caps
     assert recorded["steps"] == 4
     wanted = {"episodes": 6, "sources": ["expert"], "env_ids": ["Dot-v0"], "solved_only": True, "context_states": 2}
     assert wanted.items() <= recorded["config"].items()
-    assert WorldModelConfig.load(out / "world.json") == WorldModelConfig.load(init / "world.json")
+    before, after = (WorldModelConfig.load(folder / "world.json") for folder in (init, out))
+    assert after == replace(before, policy_states=2)
+    assert Actor(WorldModel.from_pretrained(out)).context_states == 2
     call = ["bench", "--env", "Dot-v0", "--policy", "token", "--checkpoint", out, "--episodes", 2, "--workers", 1]
     assert main([str(flag) for flag in (*call, "--json", rows)]) == 0
     [row] = json.loads(rows.read_text())["rows"]
     assert (row["policy"], row["episodes"]) == ("token", 2)
-    assert row["settings"]["acting"] == {"temperature": 0.0, "context_states": 1}
+    assert row["settings"]["acting"] == {"temperature": 0.0, "context_states": None}
 
 
 def test_what_is_wrong_is_said_in_one_line(experts, tmp_path, capsys):

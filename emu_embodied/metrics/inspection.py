@@ -115,8 +115,7 @@ class Inspection:
     @property
     def sensitivity(self) -> float:
         """PSNR lost when the actions are another episode's, mean over horizons [dB]."""
-        gaps = [row.psnr - row.psnr_shuffled for row in self.ahead if row.psnr and row.psnr_shuffled]
-        return float(np.mean(gaps))
+        return sensitivity(self.ahead)
 
     def score(self, kind: str, place: str | None) -> ProbeScore | None:
         """One probe's score."""
@@ -344,6 +343,12 @@ def foretell(
         )
         for h in range(horizon + 1)
     ]
+
+
+def sensitivity(ahead: Sequence[Foretold]) -> float:
+    """PSNR lost when the actions are another episode's, mean over horizons [dB]."""
+    pairs = [(row.psnr, row.psnr_shuffled) for row in ahead]
+    return float(np.mean([own - foreign for own, foreign in pairs if own is not None and foreign is not None]))
 
 
 def _seen(episode: Episode, t: int) -> Observation:

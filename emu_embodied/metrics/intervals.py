@@ -31,6 +31,29 @@ def wilson(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
     return (0.0 if successes == 0 else centre - half, 1.0 if successes == trials else centre + half)
 
 
+def newcombe(successes: int, trials: int, other: int, other_trials: int, z: float = Z95) -> tuple[float, float]:
+    """Interval of the difference of two success rates, the first minus the other (Newcombe 1998, method 10).
+
+    Made of the two score intervals, so it stays in [-1, 1] and is honest for rates near 0 and 1.
+
+    Args:
+        successes: of the first.
+        trials: of the first, at least 1.
+        other: successes of the other.
+        other_trials: trials of the other, at least 1.
+        z: normal quantile of the confidence asked for.
+
+    Raises:
+        ValueError: as ``wilson``.
+    """
+    low, high = wilson(successes, trials, z)
+    other_low, other_high = wilson(other, other_trials, z)
+    rate, other_rate = successes / trials, other / other_trials
+    below = math.hypot(rate - low, other_high - other_rate)
+    above = math.hypot(high - rate, other_rate - other_low)
+    return rate - other_rate - below, rate - other_rate + above
+
+
 def bootstrap_mean(
     values: np.ndarray, rng: np.random.Generator, *, level: float = 0.95, resamples: int = 2000
 ) -> tuple[float, float]:

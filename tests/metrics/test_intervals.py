@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emu_embodied.metrics.intervals import Z95, bootstrap_mean, wilson
+from emu_embodied.metrics.intervals import Z95, bootstrap_mean, newcombe, wilson
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,31 @@ def test_wilson_holds_the_rate_and_mirrors(counts):
 def test_wilson_refuses_what_are_no_counts(successes, trials):
     with pytest.raises(ValueError, match="trials"):
         wilson(successes, trials)
+
+
+@pytest.mark.parametrize(
+    ("counts", "interval"),
+    # Newcombe 1998, Statistics in Medicine 17, 873 to 890, table II (method 10).
+    [
+        ((56, 70, 48, 80), (0.0524, 0.3339)),
+        ((9, 10, 3, 10), (0.1705, 0.8090)),
+        ((6, 7, 2, 7), (0.0582, 0.8062)),
+        ((5, 56, 0, 29), (-0.0381, 0.1926)),
+        ((0, 10, 0, 20), (-0.1611, 0.2775)),
+        ((10, 10, 0, 20), (0.6791, 1.0)),
+    ],
+)
+def test_newcombe_published_values(counts, interval):
+    assert newcombe(*counts) == pytest.approx(interval, abs=1e-4)
+
+
+@given(st.integers(1, 80), st.integers(1, 80), st.data())
+def test_newcombe_mirrors_and_holds_the_difference(trials, other_trials, data):
+    successes, other = data.draw(st.integers(0, trials)), data.draw(st.integers(0, other_trials))
+    low, high = newcombe(successes, trials, other, other_trials)
+    assert -1 <= low <= successes / trials - other / other_trials <= high <= 1
+    turned = newcombe(other, other_trials, successes, trials)
+    assert (-turned[1], -turned[0]) == pytest.approx((low, high), abs=1e-12)
 
 
 def test_bootstrap_covers_the_mean_about_as_often_as_it_says():

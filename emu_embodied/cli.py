@@ -24,6 +24,7 @@ from emu_embodied.cli_explore import Walk
 from emu_embodied.cli_generate import Generate
 from emu_embodied.cli_inspect import Card, Inspect
 from emu_embodied.cli_plan import Bench, Plan, named_envs
+from emu_embodied.cli_rl import RL
 from emu_embodied.cli_train import Device, Train, TrainDida, TrainPolicy, TrainTokenizer, TrainWorld
 
 if TYPE_CHECKING:
@@ -247,6 +248,7 @@ _SUBCOMMANDS: dict[str, Any] = {
     "doctor": Doctor,
     "collect": Collect,
     "train": {"tokenizer": TrainTokenizer, "world": TrainWorld, "dida": TrainDida, "policy": TrainPolicy},
+    "rl": RL,
     "plan": Plan,
     "bench": Bench,
     "imagine": Imagine,
@@ -259,6 +261,7 @@ Command = (
     Annotated[Doctor, subcommand("doctor")]
     | Annotated[Collect, subcommand("collect")]
     | Annotated[Train, subcommand("train")]
+    | Annotated[RL, subcommand("rl")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Imagine, subcommand("imagine")]

@@ -21,7 +21,9 @@ MAY_IMPORT = {
     "policies": {"envs", "planners"},
     "experiments": {"envs", "policies", "planners"},
 }
-COMPOSITION_ROOT = tuple(ROOT / CORE / name for name in ("cli.py", "cli_inspect.py", "cli_plan.py", "cli_train.py"))
+COMPOSITION_ROOT = tuple(
+    ROOT / CORE / name for name in ("cli.py", "cli_inspect.py", "cli_plan.py", "cli_rl.py", "cli_train.py")
+)
 
 
 def imported(tree: ast.AST, package: str) -> Iterator[str]:

@@ -92,14 +92,15 @@ def policy_experience(
     real: int,
     spent: Spent,
     done: str = "",
+    idle: bool = False,
 ) -> Experience:
-    """Experience of M rollouts; with ``advantage_M`` None they are to be imitated."""
+    """Experience of M rollouts; with ``advantage_M`` None they are to be imitated, unless the round stays ``idle``."""
     bins_RA = torch.cat([rollout.bins_TA for rollout in rollouts])
     rollout_R = torch.arange(len(rollouts)).repeat_interleave(torch.tensor([len(r) for r in rollouts]))
     return Experience(
         score=score_of(actor, Situations.cat([rollout.situations for rollout in rollouts]), bins_RA, temperature),
         old_RT=None if advantage_M is None else torch.cat([rollout.log_probs_TA for rollout in rollouts]),
-        mask_RT=torch.ones_like(bins_RA, dtype=torch.bool),
+        mask_RT=torch.full_like(bins_RA, not idle, dtype=torch.bool),
         rollout_R=rollout_R,
         advantage_R=torch.zeros(len(rollout_R)) if advantage_M is None else advantage_M[rollout_R],
         longest=max(rollout.budget for rollout in rollouts) * bins_RA.shape[1],

@@ -2,7 +2,7 @@
 
 A loop hands over what a round brought (``Experience``): tokens that were drawn, how good they turned out, and a
 function that scores them anew. All randomness of a round comes from (seed, round), so that a resumed run repeats the
-uninterrupted one bit for bit; a run can be resumed with a larger budget.
+uninterrupted one bit for bit; a run can be resumed with a larger budget (a budget that ends within a round cuts it).
 
 Shape letters: R rows (decisions, or imagined states), T tokens of a row.
 """
@@ -118,7 +118,7 @@ class Experience:
     Attributes:
         score: see ``Score``.
         old_RT: log-probabilities under the weights that drew the tokens; None for tokens to be imitated as they are.
-        mask_RT: bool, tokens that count.
+        mask_RT: bool, tokens that count; if none does, the round changes nothing.
         rollout_R: int64, the rollout that a row belongs to, from 0 on.
         advantage_R: float32; not looked at for imitation.
         longest: tokens of the longest rollout there could be.
@@ -126,6 +126,8 @@ class Experience:
         figures: for the log; ``success`` and ``reward`` are among them.
         spent: where the time went.
         done: why nothing is left to learn; empty while something is. There is nothing to update then.
+        refresh: loss of something else that is trained beside, before the update; None if there is nothing.
+        refresh_steps: optimizer steps on it.
     """
 
     score: Score
@@ -138,6 +140,8 @@ class Experience:
     figures: dict[str, float]
     spent: Spent
     done: str = ""
+    refresh: Callable[[torch.Generator], torch.Tensor] | None = None
+    refresh_steps: int = 0
 
 
 class Loop(Protocol):
@@ -330,6 +334,9 @@ class _Learner:
         weight_RT = token_weights(
             experience.mask_RT, experience.rollout_R, config.objective.variant, experience.longest
         ).to(self._device)
+        refreshed = self._refresh(experience, generator)
+        if not bool(experience.mask_RT.any()):
+            return refreshed
         old_RT, reference_RT = self._before(experience)
         advantage_R = experience.advantage_R.to(self._device, torch.float32)
         diagnostics: list[Diagnostics] = []
@@ -353,12 +360,22 @@ class _Learner:
                     diagnostics.append(found)
                 norms.append(self._step(loss * (rows / len(chosen))))
                 losses.append(float(loss.detach()) * rows / len(chosen))
-        figures = {"loss": _mean(losses), "grad_norm": _mean(norms), "updates": float(len(losses))}
+        figures = {"loss": _mean(losses), "grad_norm": _mean(norms), "updates": float(len(losses)), **refreshed}
         if old_RT is None:
             return {**figures, **self._kl_of(experience)}
         last = diagnostics[-math.ceil(rows / config.batch) :]
         figures |= {name: _mean([getattr(d, name) for d in last]) for name in Diagnostics.__slots__}
         return figures | {"ratio_max": max(d.ratio_max for d in diagnostics)}
+
+    def _refresh(self, experience: Experience, generator: torch.Generator) -> dict[str, float]:
+        losses = []
+        for _ in range(experience.refresh_steps):
+            assert experience.refresh is not None
+            with self._cast():
+                loss = experience.refresh(generator)
+            self._step(loss)
+            losses.append(float(loss.detach()))
+        return {"world_loss": _mean(losses)} if losses else {}
 
     def _before(self, experience: Experience) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Log-probabilities of all tokens under the weights that drew them, and under the reference."""

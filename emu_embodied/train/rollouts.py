@@ -176,7 +176,14 @@ def roll_out(
     first = actor.see([b.observation for b in began])
     spent.inference += time.perf_counter() - clock
     diaries = [
-        _Diary(start, member, _generator(seed, number, start.group, member), [b.reward], b.budget, [b.observation.objects])
+        _Diary(
+            start,
+            member,
+            _generator(seed, number, start.group, member),
+            [b.reward],
+            b.budget,
+            [b.observation.objects],
+        )
         for start, b in zip(starts, began, strict=True)
         for member in range(group)
     ]

@@ -250,7 +250,8 @@ def _share(successes: Iterable[bool]) -> dict[str, Any]:
 
 def _counted(successes: Iterable[bool]) -> dict[str, Any]:
     solved = list(successes)
-    return {"episodes": len(solved), **_share(solved)}
+    share = _share(solved)
+    return {"episodes": len(solved), **share, "ci95": list(share["ci95"])}
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ PROTOCOL = Protocol(
     env_ids=tuple(f"MetaWorld/{task}-v3" for task in TASKS),
     episodes=20,
     make=make_env,
-    search=PlanningBudget(samples=32, iterations=2, horizon=3),
+    search=PlanningBudget(samples=32, iterations=2, horizon=4, replan_every=2),
     controls=(STILL, RANDOM, EXPERT, TRUE_REWARD, SHOOTING_REWARD, IMAGINED_REWARD, TOKEN),
     caution="the rule allows 100,000 env steps of a task",
 )

@@ -45,6 +45,6 @@ PROTOCOL = Protocol(
     env_ids=("MetaWorld/reach-v3", "MetaWorld/reach-wall-v3"),
     episodes=48,
     make=make_env,
-    search=PlanningBudget(samples=32, iterations=2, horizon=3, replan_every=1),
+    search=PlanningBudget(samples=32, iterations=2, horizon=4, replan_every=2),
     controls=(STILL, RANDOM, EXPERT, TRUE_REWARD, TRUE_PICTURE, SHOOTING, IMAGINED, TOKEN),
 )

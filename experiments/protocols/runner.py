@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -155,8 +155,8 @@ def run_protocol(
         ]
         jobs = [
             (row.control, seed)
+            for seed in range(run.seed, run.seed + run.asked(protocol))  # a run that is cut short has all rows alike
             for row, _ in here
-            for seed in range(run.seed, run.seed + row.asked)
             if seed not in results[row.key]
         ]
         if not jobs or (ends is not None and time.monotonic() > ends):
@@ -169,19 +169,31 @@ def run_protocol(
         candidates = {control.name: _candidate(control) for _, control in here}
         playing = play(env_id, candidates, jobs, make_simulator=make, workers=run.workers)
         log.parent.mkdir(parents=True, exist_ok=True)
-        with closing(playing), log.open("a") as lines, _Bars(env_id, jobs) as bars:
+        solved, saved = Counter[str](), time.monotonic()
+        with (
+            closing(playing),
+            log.open("a") as lines,
+            tqdm(total=len(jobs), desc=f"{protocol.name} {env_id}", unit="episode") as progress,
+        ):
             for (name, _), result in playing:
                 results[keys[name]][result.seed] = result
                 lines.write(json.dumps({"row": keys[name], **asdict(result)}) + "\n")
                 lines.flush()
-                if bars.count(name, result):
+                solved[name] += result.success
+                progress.set_postfix({control: solved[control] for control in keys}, refresh=False)
+                progress.update()
+                now = time.monotonic()
+                if now - saved > _SAVE_EVERY:
                     save()
-                if ends is not None and time.monotonic() > ends:
+                    saved = now
+                if ends is not None and now > ends:
                     break
     return save()
 
 
 _NOT_RUN = "not run"
+_SAVE_EVERY = 60.0
+"""[s] between two versions of the table; the episodes themselves are written at once."""
 
 
 def _blank(protocol: Protocol, control: Control, env_id: str, run: Run, model: Model | None) -> ProtocolRow:
@@ -270,43 +282,6 @@ def _candidate(control: Control) -> Candidate:
         return Candidate(control.spec.build, control.spec.looks)
     assert control.make is not None, f"{control.name} has neither a spec nor a maker"
     return Candidate(control.make, render=False)
-
-
-class _Bars:
-    """A progress bar with its own pace for each control: they differ by orders of magnitude."""
-
-    def __init__(self, env_id: str, jobs: Sequence[tuple[str, int]]) -> None:
-        self._env_id = env_id
-        self._left = defaultdict[str, int](int)
-        for name, _ in jobs:
-            self._left[name] += 1
-        self._bars: dict[str, tqdm[Any]] = {}
-        self._solved = defaultdict[str, int](int)
-        self._open(jobs[0][0])
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for bar in self._bars.values():
-            bar.close()
-
-    def count(self, name: str, result: EpisodeResult) -> bool:
-        """An episode is over; whether it was the control's last."""
-        bar = self._open(name)
-        self._solved[name] += result.success
-        bar.set_postfix(success=f"{self._solved[name]}/{bar.n + 1}", refresh=False)
-        bar.update()
-        self._left[name] -= 1
-        if self._left[name] == 0:
-            bar.close()
-        return self._left[name] == 0
-
-    def _open(self, name: str) -> tqdm[Any]:
-        if name not in self._bars:
-            total = self._left[name]
-            self._bars[name] = tqdm(total=total, desc=f"{self._env_id} {name}", unit="episode")
-        return self._bars[name]
 
 
 def _read_log(log: Path) -> defaultdict[str, dict[int, EpisodeResult]]:

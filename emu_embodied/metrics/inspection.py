@@ -26,6 +26,8 @@ REENCODED = 20
 """How often a picture is encoded and decoded in a row."""
 PROBED = 1000
 """States that probes see, spread over all: fitting takes the cube of their number."""
+IMAGINED = 64
+"""Episodes that are imagined."""
 PICTURES = 32
 """Pictures that the tokenizer's round trips are measured on."""
 BATCH = 16
@@ -221,7 +223,7 @@ def inspect_world(
         gripper=robot[0].name if robot else None,
         object=things[0].name if things else None,
         tokenizer=tokenizer_figures(world.frames, frames_of(world, episodes), every.codes_MN),
-        ahead=foretell(world, episodes, horizon, robot[:1], things, seed=seed),
+        ahead=foretell(world, episodes[:IMAGINED], horizon, robot[:1], things, seed=seed),
         states=len(states.episode_M),
         held_states=int(split.held_M.sum()),
     )

@@ -182,9 +182,8 @@ def test_sensitivity_is_what_foreign_actions_cost(seeing) -> None:
     assert found.sensitivity == pytest.approx(60 - np.mean(black))
 
 
-def test_the_seed_decides(seeing) -> None:
-    first, again = (inspect_world(seeing, EPISODES, (PROPRIO, OBJECTS), HORIZON, seed=3).to_dict() for _ in range(2))
-    assert first == again
+def test_the_seed_decides(seeing, found) -> None:
+    assert inspect_world(seeing, EPISODES, (PROPRIO, OBJECTS), HORIZON, seed=0).to_dict() == found.to_dict()
 
 
 def test_short_episodes_are_refused(world) -> None:

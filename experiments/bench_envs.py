@@ -1,7 +1,8 @@
-"""How fast the worlds are on one core: physics, pictures, and the tuned renderer against MuJoCo's own settings.
+"""How fast the worlds are on one core: physics, pictures, and the tuned renderer against the default one.
 
 python -m emu_embodied.experiments.bench_envs --json results/bench_envs.json
 python -m emu_embodied.experiments.bench_envs --suite fetch
+python -m emu_embodied.experiments.bench_envs --env PushT,MetaWorld/hammer-v3 --steps 40 --repeats 3
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import gymnasium
 import numpy as np
 import tyro
 
@@ -47,13 +50,15 @@ class Row:
     env: str
     steps_per_second: float
     """Env steps per second without pictures [1/s]."""
+    steps_per_second_block: float
+    """Env steps per second with one 64-px picture after every action block of five [1/s]: what planning needs."""
     steps_per_second_64px: float
     """Env steps per second with one 64-px picture after each [1/s]."""
     frame_ms: float
     """One 64-px picture [ms]."""
     default_frame_ms: float | None
-    """The same picture with MuJoCo's default flags (shadows, reflections, four samples) [ms]; None in Bullet and for
-    suites."""
+    """The same picture as it comes: our worlds with MuJoCo's default flags (shadows, reflections, four samples), a
+    suite's own model with all its faces and default flags [ms]; None in our Bullet worlds and where ours is theirs."""
     default_ratio: float | None
     """``default_frame_ms / frame_ms``; None where that is."""
 
@@ -67,16 +72,22 @@ def bench(env_id: str, config: BenchConfig) -> Row:
     rng = np.random.default_rng(0)
     action_dim = env.action_dim if isinstance(env, SuiteEnv) else 4
 
-    def step(*, render: bool) -> None:
-        env.step_block(rng.uniform(-1, 1, (1, action_dim)), render=render)
+    def step(*, render: bool, block: int = 1) -> None:
+        env.step_block(rng.uniform(-1, 1, (block, action_dim)), render=render)
 
     frame_ms = _milliseconds(lambda: env.render(camera), config.steps, config.repeats)
     default_ms = None
-    if isinstance(env, PandaEnv) and "Bullet" not in env_id:
+    if isinstance(env, SuiteEnv):
+        default_ms = _suites_frame_ms(env, camera, config)
+    elif "Bullet" not in env_id:
         default_ms = _default_frame_ms(env, config)
+    blocks = max(1, config.steps // env.block)
     row = Row(
         env=env_id,
         steps_per_second=1e3 / _milliseconds(lambda: step(render=False), config.steps, config.repeats),
+        steps_per_second_block=1e3
+        * env.block
+        / _milliseconds(lambda: step(render=True, block=env.block), blocks, config.repeats),
         steps_per_second_64px=1e3 / _milliseconds(lambda: step(render=True), config.steps, config.repeats),
         frame_ms=frame_ms,
         default_frame_ms=default_ms,
@@ -108,6 +119,29 @@ def _default_frame_ms(env: PandaEnv, config: BenchConfig) -> float:
         return _milliseconds(picture, config.default_frames, config.repeats)
 
 
+def _suites_frame_ms(env: SuiteEnv, camera: str, config: BenchConfig) -> float | None:
+    """The same state of a suite as it would be drawn without us; None where nothing is changed."""
+    world: Any = env.world
+    if env.env_id.startswith("PandaGym/"):
+        inner = gymnasium.make(
+            f"Panda{env.env_id.partition('/')[2]}-v3", render_mode="rgb_array", render_width=64, render_height=64
+        )
+        inner.reset(seed=0)
+        taken = _milliseconds(inner.render, config.default_frames, config.repeats)
+        inner.close()
+        return taken
+    if not hasattr(world, "_view"):
+        return None
+    import mujoco
+
+    view = world._view
+    tuned = view._renderer
+    with mujoco.Renderer(view._model, 64, 64) as view._renderer:
+        taken = _milliseconds(lambda: env.render(camera), config.default_frames, config.repeats)
+    view._renderer = tuned
+    return taken
+
+
 def _milliseconds(run: Callable[[], object], times: int, repeats: int) -> float:
     """CPU time of one ``run`` [ms]: the median over ``repeats`` of the mean over ``times``."""
     run()  # renderers are made and caches filled on the first use
@@ -127,7 +161,9 @@ def main(config: BenchConfig) -> None:
     ids = [name.strip() for name in config.env.split(",") if name.strip()] or (
         suite_ids(config.suite) if config.suite else env_ids()
     )
-    print(f"{'env':24s} {'steps/s':>8s} {'with 64 px':>10s} {'frame ms':>9s} {'default ms':>10s} {'ratio':>6s}")
+    print(
+        f"{'env':36s} {'steps/s':>8s} {'a block':>8s} {'each':>8s} {'frame ms':>9s} {'default ms':>10s} {'ratio':>6s}"
+    )
     rows = []
     for env_id in ids:
         row = bench(env_id, config)
@@ -136,7 +172,8 @@ def main(config: BenchConfig) -> None:
             f"{row.default_frame_ms:10.2f} {row.default_ratio:6.1f}" if row.default_ratio else f"{'-':>10s} {'-':>6s}"
         )
         print(
-            f"{env_id:24s} {row.steps_per_second:8.0f} {row.steps_per_second_64px:10.0f} {row.frame_ms:9.2f} {default}"
+            f"{env_id:36s} {row.steps_per_second:8.0f} {row.steps_per_second_block:8.0f} "
+            f"{row.steps_per_second_64px:8.0f} {row.frame_ms:9.2f} {default}"
         )
     if config.json is not None:
         write_json(config.json, {"rows": [asdict(row) for row in rows], "meta": meta_dict(make_meta())})

@@ -267,11 +267,17 @@ def _describe(crew: list[_Worker], config: CollectConfig) -> DatasetSpec:
     for spec in specs[1:]:
         for name in ("block", "action_dim", "cameras", "proprio", "objects"):
             if getattr(spec, name) != getattr(specs[0], name):
+                first, other = (_brief(getattr(each, name)) for each in (specs[0], spec))
                 raise ValueError(
-                    f"{specs[0].env_ids[0]} and {spec.env_ids[0]} do not fit in one dataset, {name}: "
-                    f"{getattr(specs[0], name)} and {getattr(spec, name)}"
+                    f"{specs[0].env_ids[0]} and {spec.env_ids[0]} do not fit in one dataset, {name}: {first} and {other}; "
+                    "collect them into folders of their own"
                 )
     return replace(specs[0], env_ids=config.env_ids)
+
+
+def _brief(value: Any) -> str:
+    """Fields by their names, all else as it is."""
+    return ", ".join(field.name for field in value) or "none" if isinstance(value, tuple) else str(value)
 
 
 def _record(crew: list[_Worker], config: CollectConfig, store: EpisodeStore, todo: list[int]) -> float:

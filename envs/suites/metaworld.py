@@ -38,7 +38,7 @@ _CAMERAS: dict[str, Orbit | str] = {
 _FAR = {task: Orbit((0.0, 0.72, 0.16), 1.25, 130.0, -32.0) for task in ("basketball-v3", "door-open-v3")}
 
 _RANGES = (("x", -0.5, 0.5), ("y", 0.3, 1.0), ("z", 0.0, 0.6))
-"""Axis, lowest and highest place of things [m]."""
+"""Axis, lowest and highest place of things [m]; in a few tasks something leaves them by some centimetres."""
 INSTRUCTIONS = {
     "assembly": "put the ring over the peg",
     "basketball": "put the ball into the basket",

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -176,3 +178,45 @@ def test_goal_objective_prefers_the_future_that_looks_like_the_goal() -> None:
     proprio = torch.tensor([[0.1, 0.9], [0.5, 0.0], [0.9, 0.9]])[:, None].expand(-1, 2, -1)
     alike = Imagination(torch.ones(3, 2, 5, dtype=torch.long), proprio, zeros, zeros)
     assert objective(alike).argmin() == 1
+
+
+def test_goal_objects_are_read_by_the_model_and_told_by_a_simulator() -> None:
+    class Model:
+        seen = torch.tensor([0.8])
+
+        def observe(self, history: list[Observation]) -> SimpleNamespace:
+            assert len(history) == 1 and not history[0].proprio.any()
+            return SimpleNamespace(objects_O=self.seen)
+
+    class Shows:
+        proprio_fields = (Field("x", "px", 0.0, 512.0), Field("v", "px/s", 0.0, 1.0))
+        object_fields = (Field("thing", "m", 0.0, 1.0),)
+
+        def goal_observation(self) -> Observation:
+            return Observation({}, np.zeros(2, np.float32), "", np.array([0.2], np.float32))
+
+    settings = {"picture_weight": 0.0, "objects_weight": 1.0}
+    nothing = torch.zeros(3, 2)
+    objects = torch.tensor([0.2, 0.5, 0.8])[:, None, None].expand(-1, 2, 1)
+    futures = Imagination(None, torch.zeros(3, 2, 2), nothing, nothing, objects)
+    for model, best in ((Model(), 2), (None, 0)):
+        objective = GoalOfEpisode(Shows(), model, **settings)  # type: ignore[arg-type]
+        objective.reset()
+        assert objective(futures).argmin() == best
+    # Places in pixels count as those in metres do; a velocity does not.
+    proprio = torch.tensor([[400.0, 0.0], [0.0, 0.9], [90.0, 0.0]])[:, None].expand(-1, 2, -1)
+    alike = Imagination(None, proprio, nothing, nothing, torch.full((3, 2, 1), 0.2))
+    assert objective(alike).argmin() == 1 and torch.isfinite(objective(alike)).all()
+    objective.aim(Observation({}, np.array([90.0, 0.0], np.float32), "", np.array([0.2], np.float32)))
+    assert objective(alike).argmin() == 2
+
+    blind = Model()
+    blind.seen = torch.zeros(0)
+    with pytest.raises(ValueError, match="the checkpoint knows of no objects"):
+        GoalOfEpisode(Shows(), blind, **settings).reset()  # type: ignore[arg-type]
+    mute = Shows()
+    mute.object_fields = ()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="tells of no objects"):
+        GoalOfEpisode(mute, blind, **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="give a checkpoint"):
+        GoalOfEpisode(mute, None)

@@ -269,8 +269,8 @@ def _describe(crew: list[_Worker], config: CollectConfig) -> DatasetSpec:
             if getattr(spec, name) != getattr(specs[0], name):
                 first, other = (_brief(getattr(each, name)) for each in (specs[0], spec))
                 raise ValueError(
-                    f"{specs[0].env_ids[0]} and {spec.env_ids[0]} do not fit in one dataset, {name}: {first} and {other}; "
-                    "collect them into folders of their own"
+                    f"{specs[0].env_ids[0]} and {spec.env_ids[0]} do not fit in one dataset, "
+                    f"{name}: {first} and {other}; collect them into folders of their own"
                 )
     return replace(specs[0], env_ids=config.env_ids)
 

@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 SHELL := /bin/sh
 ARGS ?=
+MODELS ?= nano
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types clean
+.PHONY: help demo models test lint format types clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -16,6 +17,10 @@ demo: $(VENV)/.installed ## plan a reach with the shipped model: video, plot and
 	@scripts/setup_gl.sh $(BIN)/python
 	@out=runs/demo; n=1; while [ -e $$out ]; do n=$$((n + 1)); out=runs/demo-$$n; done; \
 	set -x; $(BIN)/emu-embodied plan --env PandaReach-v0 --checkpoint nano --seed 2 --out $$out
+
+models: $(VENV)/.installed ## make the shipped checkpoints from nothing, in runs/models (hours); MODELS=nano for some
+	@scripts/setup_gl.sh $(BIN)/python
+	scripts/models.sh $(BIN) $(MODELS)
 
 test: $(VENV)/.installed-dev ## run all tests, two at a time; ARGS=tests/data for some
 	@scripts/setup_gl.sh $(BIN)/python

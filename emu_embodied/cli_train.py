@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg, subcommand
 
@@ -37,6 +37,8 @@ class _Stage:
     """Batch size (frames, or windows of states); the stage's own if left out."""
     learning_rate: float | None = None
     """Peak learning rate; the stage's own if left out."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """``muon`` learns hidden matrices by Muon; the transformer's stages do unless told otherwise."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
     device: Device = "auto"
@@ -48,6 +50,7 @@ class _Stage:
             steps=default.steps if self.steps is None else self.steps,
             max_minutes=self.max_minutes,
             learning_rate=default.learning_rate if self.learning_rate is None else self.learning_rate,
+            optimizer=default.optimizer if self.optimizer is None else self.optimizer,
             seed=self.seed,
             threads=self.threads,
             device=self.device,
@@ -213,8 +216,8 @@ class TrainPolicy(_Stage):
         """Train."""
         from emu_embodied.data.episodes import EpisodeStore
         from emu_embodied.presets import preset
-        from emu_embodied.train.policy import PolicyTraining, train_policy
         from emu_embodied.train.meta import inherit_meta
+        from emu_embodied.train.policy import PolicyTraining, train_policy
         from emu_embodied.world_config import checkpoint_folder
         from emu_embodied.world_model import WorldModel
 

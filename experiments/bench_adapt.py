@@ -22,7 +22,8 @@ from emu_embodied.files import write_json
 from emu_embodied.presets import preset
 from emu_embodied.provenance import make_meta, meta_dict
 from emu_embodied.train.adapt import dida_loss
-from emu_embodied.train.loop import LossOutput, build_optimizer
+from emu_embodied.train.loop import LossOutput
+from emu_embodied.train.optimizers import build_optimizer
 from emu_embodied.train.pretrain import WorldTraining, next_token_loss
 
 

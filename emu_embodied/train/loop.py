@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from emu_embodied.hardware import pick_device, pick_dtype
 from emu_embodied.train.log import TrainingLog
+from emu_embodied.train.optimizers import OptimizerName, build_optimizer
 from emu_embodied.train.state import Progress, has_state, load_state, save_state
 
 _SMOOTHING = 0.98
@@ -50,6 +51,8 @@ class LoopConfig:
     """``cosine`` decays throughout; ``wsd`` (warm-up, stable, decay) only in the last ``decay_fraction``."""
     decay_fraction: float = 0.2
     """Last part of a ``wsd`` run in which the rate falls linearly [fraction of the run]."""
+    optimizer: OptimizerName = "adamw"
+    """``muon`` updates hidden matrices by Muon and the rest by AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's moment decays."""
     weight_decay: float = 0.05
@@ -194,7 +197,7 @@ def run_loop(
     module.to(device).train()
     optimizer = build_optimizer(config, module)
     average = {name: p.detach().clone() for name, p in module.named_parameters()} if config.ema_decay else {}
-    progress = Progress(describe={"seed": config.seed, **describe})
+    progress = Progress(describe={"seed": config.seed, "optimizer": config.optimizer, **describe})
     if has_state(folder):
         progress = load_state(folder, module, optimizer, average, progress.describe)
     log = TrainingLog(out, stage, progress.step, on_log, tensorboard)
@@ -274,19 +277,6 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     """The CPU generator of one step, a function of seed and step alone."""
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
-
-
-def build_optimizer(config: LoopConfig, module: nn.Module) -> torch.optim.AdamW:
-    """AdamW; norms, biases and embedding tables are not decayed."""
-    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            (kept if parameter.ndim < 2 or id(parameter) in tables else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 class _Run:
@@ -372,7 +362,7 @@ class _Run:
     def _restart_rows(self, name: str, rows: torch.Tensor) -> None:
         parameter = self._parameters[name]
         state = self.optimizer.state.get(parameter, {})
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
             if moment in state:
                 state[moment][rows] = 0
         if name in self.average:

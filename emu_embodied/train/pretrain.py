@@ -19,8 +19,7 @@ from emu_embodied.tokens.states import ProprioTokenizer
 from emu_embodied.train.evaluation import Judge
 from emu_embodied.train.loop import LoopConfig, LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import LossWeights, state_loss
-from emu_embodied.train.meta import inherit_meta as inherit_meta
-from emu_embodied.train.meta import write_training_meta as write_training_meta
+from emu_embodied.train.meta import write_training_meta
 from emu_embodied.train.state import has_state
 from emu_embodied.train.subgoals import SubgoalTraining
 from emu_embodied.train.windows import action_loss, clean_logits, perception_loss, window_tokens
@@ -32,7 +31,11 @@ from emu_embodied.world_model import WorldModel
 class WorldTraining:
     """How the transformer is trained, in either stage."""
 
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=4000, warmup_steps=100, ema_decay=0.995))
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(
+            steps=4000, warmup_steps=100, ema_decay=0.995, optimizer="muon", learning_rate=3e-3
+        )
+    )
     """Length, rate and device."""
     batch: int = 8
     """Windows in a batch [windows]."""

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from emu_embodied.files import write_atomically, write_json
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +61,7 @@ def save_state(
     tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
     for name, parameter in module.named_parameters():
         moments = optimizer.state.get(parameter, {})
-        tensors |= {f"{moment}.{name}": moments[moment] for moment in _MOMENTS if moment in moments}
+        tensors |= {f"{moment}.{name}": moments[moment] for moment in (*_MOMENTS, "step") if moment in moments}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     file = f"state-{progress.step:08d}.safetensors"
     write_atomically(folder / file, lambda aside: save_file(tensors, aside))
@@ -106,13 +106,16 @@ def load_state(
         for name, tensor in average.items():
             tensor.copy_(_shaped(folder, tensors, f"average.{name}", tensor))
     for name, parameter in module.named_parameters():
-        if f"exp_avg.{name}" not in tensors:
+        stored = [moment for moment in _MOMENTS if f"{moment}.{name}" in tensors]
+        if not stored:
             continue
         # The fused optimizer walks through memory: its moments need the parameter's own layout (channels last or not).
         optimizer.state[parameter] = {
             moment: torch.empty_like(parameter, requires_grad=False).copy_(tensors[f"{moment}.{name}"])
-            for moment in ("exp_avg", "exp_avg_sq")
-        } | {"step": tensors[f"step.{name}"].to(parameter.device)}
+            for moment in stored
+        }
+        if f"step.{name}" in tensors:
+            optimizer.state[parameter]["step"] = tensors[f"step.{name}"].to(parameter.device)
     return progress
 
 

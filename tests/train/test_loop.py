@@ -13,12 +13,12 @@ from emu_embodied.train.loop import (
     LoopConfig,
     LossOutput,
     TrainingFailed,
-    build_optimizer,
     learning_rate,
     run_loop,
     schedule_progress,
     step_generator,
 )
+from emu_embodied.train.optimizers import MuonAndAdamW, build_optimizer
 
 FAST = {"device": "cpu", "dtype": "float32", "threads": 1}
 
@@ -70,9 +70,10 @@ class Kill(Exception):
     pass
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_resume_is_bit_equal_after_a_kill(tmp_path, ema_decay):
-    whole, _ = run(tmp_path / "whole", ema_decay=ema_decay)
+@pytest.mark.parametrize(("ema_decay", "optimizer"), [(0.0, "adamw"), (0.9, "adamw"), (0.9, "muon")])
+def test_resume_is_bit_equal_after_a_kill(tmp_path, ema_decay, optimizer):
+    how = {"ema_decay": ema_decay, "optimizer": optimizer}
+    whole, _ = run(tmp_path / "whole", **how)
     module = Toy()
 
     def killed(step, generator):
@@ -81,9 +82,9 @@ def test_resume_is_bit_equal_after_a_kill(tmp_path, ema_decay):
         return module.loss(step, generator)
 
     with pytest.raises(Kill):
-        run(tmp_path / "cut", module, loss=killed, ema_decay=ema_decay)
+        run(tmp_path / "cut", module, loss=killed, **how)
     # The state is that of step 5; two more steps and a log line were lost.
-    resumed, result = run(tmp_path / "cut", resume=True, ema_decay=ema_decay)
+    resumed, result = run(tmp_path / "cut", resume=True, **how)
     assert result.step == 12 and result.stopped == "steps"
     assert state_bytes(tmp_path / "cut") == state_bytes(tmp_path / "whole")
     for name, tensor in whole.state_dict().items():
@@ -249,6 +250,31 @@ def test_only_matrices_are_decayed():
     decayed, kept = build_optimizer(LoopConfig(), module).param_groups
     assert [id(p) for p in decayed["params"]] == [id(module.out.weight)]
     assert kept["weight_decay"] == 0 and len(kept["params"]) == 4
+
+
+def test_muon_takes_hidden_matrices_and_nothing_else():
+    module = nn.Module()
+    module.toy, module.lm_head = Toy(), nn.Linear(4, 9)
+    optimizer = build_optimizer(LoopConfig(optimizer="muon"), module)
+    assert isinstance(optimizer, MuonAndAdamW)
+    (muon,), (decayed, kept) = (part.param_groups for part in optimizer.parts)
+    assert [id(p) for p in muon["params"]] == [id(module.toy.out.weight)]
+    assert [id(p) for p in decayed["params"]] == [id(module.lm_head.weight)]
+    assert len(kept["params"]) == 5
+    for group in optimizer.param_groups:
+        group["lr"] = 0.25
+    assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.25}
+
+
+def test_muon_turns_all_directions_of_a_matrix_alike():
+    module = nn.Linear(6, 6, bias=False)
+    before = module.weight.detach().clone()
+    optimizer = build_optimizer(LoopConfig(optimizer="muon", learning_rate=0.1, weight_decay=0.0), module)
+    module.weight.grad = torch.diag(torch.tensor([9.0, 5.0, 3.0, 2.0, 1.0, 0.5]))
+    optimizer.step()
+    moved = torch.linalg.svdvals(before - module.weight.detach())
+    # Five Newton-Schulz steps bring singular values near 1, within about 0.3; 0.2 sqrt(6) is AdamW's size.
+    assert ((moved / (0.1 * 0.2 * 6**0.5) - 1).abs() < 0.4).all()
 
 
 def test_generators_depend_on_seed_and_step():

@@ -46,6 +46,8 @@ class Search:
     """Length of a plan [blocks]."""
     replan_every: int | None = None
     """Blocks of a plan that are executed before the next search [blocks]."""
+    init_std: float | None = None
+    """Standard deviation of the first candidates, about that of the actions that the task takes [action units]."""
     answer: Literal["best", "mean"] | None = None
     """What a planner that refines returns: its cheapest candidate or its last mean."""
     beta: float | None = None

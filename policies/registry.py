@@ -59,7 +59,8 @@ class PlanningBudget:
     replan_every: int = 1
     """Blocks of a plan that are executed before the next search [blocks]."""
     init_std: float = 0.6
-    """Standard deviation of the first candidates [action units; the box is 2 wide]."""
+    """Standard deviation of the first candidates [action units; the box is 2 wide]. What matters most: it should be
+    about that of the actions that a task takes."""
     correlation: float = 0.5
     """Correlation of neighbouring knots' noise, in [0, 1)."""
     beta: float | None = None

@@ -232,7 +232,7 @@ class _Progress:
 
     def __call__(self, line: dict[str, float]) -> None:
         shown = {"success": f"{100 * line['success']:.0f} %", "reward": f"{line['reward']:.2f}"}
-        shown |= {name.removeprefix("reward/"): f"{v:.1f}" for name, v in line.items() if name.startswith("reward/")}
+        shown |= {name: f"{value:.1f}" for name, value in line.items() if name.startswith("reward/")}
         if "kl" in line:
             shown["kl"] = f"{line['kl']:.3f}"
         self._bar.set_postfix(shown, refresh=False)

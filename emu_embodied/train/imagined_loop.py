@@ -167,7 +167,7 @@ class ImaginedLoop:
         """Round ``number``, with at most ``left`` real rollouts.
 
         Raises:
-            TrainingFailed: if no group has any signal, naming terms and groups.
+            TrainingFailed: if no group has any signal and the model is not refreshed, naming terms and groups.
         """
         config, size = self._config, self._config.objective.group
         spent, generator = Spent(), step_generator(config.seed, number)
@@ -193,8 +193,10 @@ class ImaginedLoop:
         scores = config.reward.score(outcomes)
         rewards_QG = scores.total_R.view(-1, size)
         learnable_Q = has_signal(rewards_QG, config.least_spread)
-        if not bool(learnable_Q.any()):
+        idle = not bool(learnable_Q.any())
+        if idle and not self._imagined.refresh_every:  # a model that goes on learning may tell them apart later
             raise TrainingFailed(f"{no_signal(scores, outcomes)}; the last good checkpoint is kept")
+        learnable_Q = learnable_Q | idle
         kept_R = learnable_Q.repeat_interleave(size)
         horizon = self._imagined.horizon
         rows = (kept_R[:, None].cpu() & dreamt.counts_RH.cpu()).flatten().nonzero()[:, 0]
@@ -205,7 +207,7 @@ class ImaginedLoop:
         return Experience(
             score=score_of(self._actor, dreamt.situations.rows(rows), bins, config.temperature),
             old_RT=dreamt.log_probs_RHA.flatten(0, 1)[rows],
-            mask_RT=torch.ones_like(bins, dtype=torch.bool),
+            mask_RT=torch.full_like(bins, not idle, dtype=torch.bool),
             rollout_R=rollout_R,
             advantage_R=advantages[rollout_R],
             longest=horizon * bins.shape[1],

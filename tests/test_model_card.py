@@ -50,7 +50,8 @@ def inspection(path: Path, weights: str, error: float = 9.0, env: str = "Dot-v0"
     scores = [{"place": place, "unit": "cm", "error": error, "guess": 10.0} for place in ("ee", "object")]
     content = {
         "gripper_probe_cm": 2.5, "gripper_guess_cm": 11.0, "object_probe_cm": error, "object_guess_cm": 10.0,
-        "codebook_used": 0.75, "idempotent": 0.66, "action_sensitivity_db": 4.2, "probes": {"codes": scores},
+        "codebook_used": 0.75, "idempotent": 0.66, "action_sensitivity_db": 4.2,
+        "probes": {"codes": scores, "pixels_and_words": [{**score, "error": 8.0} for score in scores]},
         "ahead": [{"h": 0, "errors": {"ee": 0.0, "object": 1.25}}], "plans": {"within": {"random": 0.31}},
         "meta": {"command": "emu-embodied inspect", "revision": "abc123",
                  "extra": {"env": env, "episodes": 12, "weights": weights}},
@@ -81,13 +82,13 @@ def test_measurements_are_kept_and_shown(folder, tmp_path) -> None:
     card = write_card(folder, weights, [found], [rows]).read_text()
     assert "| Dot-v0 | 2.5 (11.0) cm | 9.0 (10.0) cm | 1.2 cm | 0.75 | 0.66 | 4.2 dB | 0.31 |" in card
     assert "| Dot-v0 | imagined | goal | 10 | 50 % | 20 to 80 % |" in card and "| random |" in card
-    assert "little can be read from its codes: a linear probe is off by 9.0 cm" in card
+    assert "its codes reads off by 9.0 cm, of the pixels themselves by 8.0, a constant guess by 10.0." in card
     assert "Not measured in closed loop" not in card
     # They stay without being given again, and a newer one replaces the older one of the same settings.
     better = inspection(tmp_path / "j.json", weights, error=3.0)
     newer = bench(tmp_path / "c.json", row(weights=weights, success=0.9))
     card = write_card(folder, weights, [better], [newer]).read_text()
-    assert "90 %" in card and "50 %" not in card and "| random |" in card and "little can be read" not in card
+    assert "90 %" in card and "50 %" not in card and "| random |" in card and "reads off by" not in card
     assert card == render_card(folder)
 
 

@@ -88,8 +88,9 @@ class ProbeScore:
     """Bootstrap 95 % interval of it, over episodes."""
     guess: float
     """The same of a constant guess: the mean of the fitted states."""
-    error_of_half: float
-    """``error`` of a probe fitted on half of those episodes: far above it, more episodes would still lower both."""
+    error_of_half: float | None
+    """``error`` of a probe fitted on half of those episodes: far above it, more episodes would still lower both;
+    None for probes that are not fitted twice."""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""

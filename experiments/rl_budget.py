@@ -36,6 +36,7 @@ from emu_embodied.policies.registry import PolicySpec, make_policy
 from emu_embodied.provenance import make_meta, meta_dict
 from emu_embodied.train.grpo import GRPOConfig
 from emu_embodied.train.imagined_loop import ImaginedConfig
+from emu_embodied.train.loop import TrainingFailed
 from emu_embodied.train.reinforce import RLConfig
 from emu_embodied.train.rl import RLSettings, train_rl
 from emu_embodied.train.rl_log import METRICS, read_metrics
@@ -100,6 +101,8 @@ class Cell:
     """Wall time of the run up to here [min]."""
     verified: int | None = None
     """Episodes solved in the other engine, of as many."""
+    note: str = ""
+    """Why the run stopped before its budget; what it had saved last was measured then."""
 
 
 def measure(world: WorldModel, env_id: str, seeds: range) -> int:
@@ -127,12 +130,18 @@ def run_cell(budget: Budget, method: str, seed: int, rollouts: int) -> Cell:
     world = WorldModel.from_pretrained(budget.checkpoint)
     simulators: SimulatorFactory = partial(make, image_size=world.config.image_size, cameras=world.config.cameras)
     imaginer = WorldModel.from_pretrained(budget.world or budget.checkpoint) if row["loop"] == "imagined" else None
-    train_rl(
-        settings, world, simulators, out, resume=True, start=str(budget.checkpoint), imaginer=imaginer,
-        make_teacher=_teacher(teacher), on_line=partial(_say, method, seed),
-    )  # fmt: skip
+    note = ""
+    try:
+        train_rl(
+            settings, world, simulators, out, resume=True, start=str(budget.checkpoint), imaginer=imaginer,
+            make_teacher=_teacher(teacher), on_line=partial(_say, method, seed),
+        )  # fmt: skip
+    except TrainingFailed as error:
+        note = str(error)
+        kept = out if (out / "world.json").exists() else budget.checkpoint
+        world = WorldModel.from_pretrained(kept)
     minutes = read_metrics(out / METRICS)[-1]["seconds"] / 60
-    return _measured(budget, world, method, seed, rollouts, minutes)
+    return replace(_measured(budget, world, method, seed, rollouts, minutes), note=note)
 
 
 def _measured(budget: Budget, world: WorldModel, method: str, seed: int, rollouts: int, minutes: float) -> Cell:

@@ -73,7 +73,8 @@ def draw_budget(cells: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]
     axes.set_ylabel("success [%]")
     axes.set_title(f"{env}: points held out, at temperature 0; thin lines while training, at temperature 1", fontsize=9)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.containers:
+        axes.legend()
     write_atomically(path, lambda aside: figure.savefig(aside, format="png"))
 
 

@@ -92,7 +92,7 @@ PROTOCOL = Protocol(
     episodes=200,
     sets=3,
     make=make_env,
-    search=PlanningBudget(samples=32, iterations=3, horizon=5, replan_every=5, answer="best"),
+    search=PlanningBudget(samples=32, iterations=3, horizon=5, replan_every=5, init_std=0.15, answer="best"),
     controls=(
         STILL,
         RANDOM,

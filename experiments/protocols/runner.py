@@ -47,6 +47,8 @@ class ProtocolRow:
     """Episodes run so far."""
     asked: int
     """Episodes that the protocol, or whoever runs it, asks for."""
+    seed: int = 0
+    """Number of the first."""
     success: float | None = None
     """Share of the episodes in which any env step fulfilled the rule; None if none was run."""
     ci95: tuple[float, float] | None = None
@@ -139,11 +141,13 @@ def run_protocol(
     log = path.with_suffix(".episodes.jsonl")
     results = _read_log(log)
     rows = [_blank(protocol, control, env_id, run, model) for env_id in protocol.env_ids for control in controls]
-    others = _others(path, {row.key for row in rows})
+    others = _others(path, protocol, {(row.key, row.seed) for row in rows})
+    places = {control.name: place for place, control in enumerate(protocol.controls)}
     size = 64 if model is None else model.config.image_size
 
     def save() -> list[ProtocolRow]:
         table = others + [_measured(row, results[row.key], protocol, run) for row in rows]
+        table.sort(key=lambda row: (protocol.env_ids.index(row.env), places[row.control]))
         write_json(path, {"rows": [asdict(row) for row in table], "meta": meta_dict(meta)})
         return table
 
@@ -175,19 +179,23 @@ def run_protocol(
             log.open("a") as lines,
             tqdm(total=len(jobs), desc=f"{protocol.name} {env_id}", unit="episode") as progress,
         ):
-            for (name, _), result in playing:
-                results[keys[name]][result.seed] = result
-                lines.write(json.dumps({"row": keys[name], **asdict(result)}) + "\n")
-                lines.flush()
-                solved[name] += result.success
-                progress.set_postfix({control: solved[control] for control in keys}, refresh=False)
-                progress.update()
-                now = time.monotonic()
-                if now - saved > _SAVE_EVERY:
-                    save()
-                    saved = now
-                if ends is not None and now > ends:
-                    break
+            try:
+                for (name, _), result in playing:
+                    results[keys[name]][result.seed] = result
+                    lines.write(json.dumps({"row": keys[name], **asdict(result)}) + "\n")
+                    lines.flush()
+                    solved[name] += result.success
+                    progress.set_postfix({control: solved[control] for control in keys}, refresh=False)
+                    progress.update()
+                    now = time.monotonic()
+                    if now - saved > _SAVE_EVERY:
+                        save()
+                        saved = now
+                    if ends is not None and now > ends:
+                        break
+            except KeyboardInterrupt:
+                save()
+                raise
     return save()
 
 
@@ -211,6 +219,7 @@ def _blank(protocol: Protocol, control: Control, env_id: str, run: Run, model: M
         policy=control.name if control.spec is None else control.spec.name,
         episodes=0,
         asked=run.asked(protocol),
+        seed=run.seed,
         parameters=model.parameters if learned and model is not None else None,
         data_hash=model.config.data_hash if learned and model is not None else None,
         settings=settings,
@@ -305,9 +314,13 @@ def _read_log(log: Path) -> defaultdict[str, dict[int, EpisodeResult]]:
     return results
 
 
-def _others(path: Path, keys: set[str]) -> list[ProtocolRow]:
+def _others(path: Path, protocol: Protocol, measured: set[tuple[str, int]]) -> list[ProtocolRow]:
     """Rows of the file that are not measured now; one that could not be run says nothing, and is left out."""
-    return [row for row in read_rows(path) if row.key not in keys and row.episodes] if path.exists() else []
+    rows = read_rows(path) if path.exists() else []
+    for row in rows:
+        if row.protocol != protocol.name:
+            raise ValueError(f"{path} holds a table of {row.protocol}, not of {protocol.name}: give another --json")
+    return [row for row in rows if row.episodes and (row.key, row.seed) not in measured]
 
 
 def read_rows(path: Path) -> list[ProtocolRow]:

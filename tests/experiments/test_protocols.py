@@ -167,6 +167,18 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     assert log.read_bytes() == before
 
 
+def test_an_interrupted_run_leaves_a_table(tmp_path):
+    def impatient(simulator, seed):
+        if seed == 2:
+            raise KeyboardInterrupt
+        return Still(simulator, seed)
+
+    fast, path = replace(PROTOCOL, env_ids=("Fake/A",)), tmp_path / "t.json"
+    with pytest.raises(KeyboardInterrupt):
+        run_protocol(fast, [replace(QUICK[0], make=impatient)], Run(), path, META)
+    assert [(row.episodes, row.asked) for row in read_rows(path)] == [(2, 8)]
+
+
 def test_workers_change_nothing_but_the_clock(tmp_path):
     fast = replace(PROTOCOL, env_ids=("Fake/A",))
     for workers in (1, 2):
@@ -181,6 +193,10 @@ def test_rows_of_other_settings_stay_in_the_file(tmp_path):
         control = PROTOCOL.equip(true, PolicySpec(), {"samples": samples})
         rows = run_protocol(fast, [control], Run(episodes=1), path, META)
     assert [row.settings["budget"]["samples"] for row in rows] == [8, 12]
+    with pytest.raises(ValueError, match="holds a table of fake, not of other"):
+        run_protocol(replace(fast, name="other"), QUICK, Run(episodes=1), path, META)
+    later = run_protocol(fast, QUICK[:1], Run(episodes=1, seed=7), path, META)
+    assert [(row.control, row.seed) for row in later] == [("still", 7), ("true", 0), ("true", 0)]
     path.write_text('{"rows": [{"env": 1}]}')
     with pytest.raises(ValueError, match="holds no table of a protocol"):
         run_protocol(fast, QUICK, Run(episodes=1), path, META)

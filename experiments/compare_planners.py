@@ -127,12 +127,17 @@ class Row:
     weights: str | None
     """What the model's files hash to; None where none was needed."""
     results: list[Planned] = field(default_factory=list)
-    """Episodes so far, with seeds that follow each other."""
+    """Episodes so far."""
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What determines its episodes but for their seeds."""
         return self.env, self.policy, self.planner, self.objective, self.blocks, self.weights, json.dumps(self.budget)
+
+    @property
+    def seeds(self) -> set[int]:
+        """Reset seeds of the episodes so far."""
+        return {result.seed for result in self.results}
 
     @property
     def label(self) -> str:
@@ -171,39 +176,28 @@ class Row:
 
 
 def compare(config: ComparePlanners) -> list[Row]:
-    """Run the episodes that are missing, budget by budget, until all are there or the time is up."""
+    """Run the episodes that are missing until all are there or the time is up.
+
+    Every search meets an episode before the next one begins, so that a comparison cut short is a fair one.
+    """
     specs = list(config.specs())
     needs_model = any(spec.needs_model for spec in specs)
     world = WorldModelConfig.load(checkpoint_folder(config.checkpoint) / "world.json") if needs_model else None
     weights = weights_hash(config.checkpoint) if needs_model else None
     book = Book(config.out / "compare_planners.json", config.seed, None if world is None else world.data_hash)
-    wanted = range(config.seed, config.seed + config.episodes)
-    ends, asked = time.monotonic() + 60 * config.minutes, []
+    rows, wanted = list[Row](), range(config.seed, config.seed + config.episodes)
+    ends = time.monotonic() + 60 * config.minutes
     for env_id in [name.strip() for name in config.env.split(",")]:
+        own = [(spec, book.row(env_id, spec, config.blocks, weights)) for spec in specs]
         with closing(_simulator(env_id, 64 if world is None else world.image_size, config.blocks)) as simulator:
-            for spec in specs:
-                row = book.find(
-                    Row(
-                        env=env_id,
-                        policy=spec.name,
-                        planner=spec.planner,
-                        objective=spec.objective,
-                        budget=asdict(spec.budget),
-                        blocks=config.blocks,
-                        weights=weights,
-                    )
-                )
-                known = {result.seed for result in row.results}
-                label = f"{env_id} {row.label} {spec.budget.samples}x{spec.budget.iterations}"
-                for seed in tqdm([seed for seed in wanted if seed not in known], desc=label, unit="episode"):
-                    if time.monotonic() > ends:
-                        break
-                    row.results.append(_episode(simulator, spec, seed))
-                    book.save(row)
-                kept = [result for result in row.results if result.seed in wanted]
-                if kept:
-                    asked.append(replace(row, results=kept))
-    return asked
+            for seed in tqdm(wanted, desc=env_id, unit="seed"):
+                for spec, row in own:
+                    if seed not in row.seeds and time.monotonic() < ends:
+                        row.results.append(_episode(simulator, spec, seed))
+                        book.save(row)
+        rows += [row for _, row in own]
+    asked = [replace(row, results=[result for result in row.results if result.seed in wanted]) for row in rows]
+    return [row for row in asked if row.results]
 
 
 def _simulator(env_id: str, image_size: int, blocks: int | None) -> EpisodeSimulator:
@@ -257,8 +251,17 @@ class Book:
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file} holds no comparison ({error!r}); give another --out") from error
 
-    def find(self, row: Row) -> Row:
-        """The row as it was kept, or this one."""
+    def row(self, env_id: str, spec: PolicySpec, blocks: int | None, weights: str | None) -> Row:
+        """The row of a search as it was kept, or a new one."""
+        row = Row(
+            env=env_id,
+            policy=spec.name,
+            planner=spec.planner,
+            objective=spec.objective,
+            budget=asdict(spec.budget),
+            blocks=blocks,
+            weights=weights,
+        )
         return self._rows.get(row.key, row)
 
     def save(self, row: Row) -> None:

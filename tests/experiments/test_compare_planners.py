@@ -49,8 +49,8 @@ def test_goes_on_where_it_was_stopped(config, monkeypatch):
     monkeypatch.setattr(
         compare_planners, "_episode", lambda simulator, spec, seed: asked.append(seed) or real(simulator, spec, seed)
     )
-    rows = compare(config)
-    assert asked == [1001] * 4
+    rows = compare(replace(config, episodes=3))
+    assert asked == [1001] * 4 + [1002] * 4  # all searches meet a seed before the next one
     assert [row.results[0] for row in rows] == [row.results[0] for row in stopped]
     asked.clear()
     assert compare(replace(config, budget=replace(config.budget, init_std=0.3), minutes=0.0)) == []

@@ -13,9 +13,11 @@ from emu_embodied.experiments.protocols.protocol import (
     IMAGINED_OBJECTS,
     RANDOM,
     REPLAY,
+    SHOOTING,
     STILL,
     TOKEN,
     TRUE_OBJECTS,
+    TRUE_PICTURE,
     Protocol,
 )
 from emu_embodied.policies.registry import PlanningBudget
@@ -42,6 +44,13 @@ def make_env(env_id: str, *, image_size: int = 32) -> GoalReaching:
     return GoalReaching(simulator, FakeRule(), ahead=10, budget=20)
 
 
+def make_toy_env(env_id: str, *, image_size: int = 32) -> GoalReaching:
+    """With blocks as short as the toy models'."""
+    env = make_env(env_id, image_size=image_size)
+    env.block = 2
+    return env
+
+
 PROTOCOL = Protocol(
     name="fake",
     title="a point",
@@ -51,5 +60,5 @@ PROTOCOL = Protocol(
     sets=2,
     make=make_env,
     search=PlanningBudget(samples=48, iterations=4, horizon=2, replan_every=2, answer="best"),
-    controls=(STILL, RANDOM, REPLAY, TRUE_OBJECTS, IMAGINED, IMAGINED_OBJECTS, TOKEN),
+    controls=(STILL, RANDOM, REPLAY, TRUE_OBJECTS, TRUE_PICTURE, SHOOTING, IMAGINED, IMAGINED_OBJECTS, TOKEN),
 )

@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,14 +19,15 @@ from emu_embodied.experiments import protocols
 from emu_embodied.experiments.protocols import find_protocol, runner
 from emu_embodied.experiments.protocols.goals import MOVED, SOLVED_AT_START, Replay, Still, make_problem
 from emu_embodied.experiments.protocols.p1 import PushTRule
-from emu_embodied.experiments.protocols.runner import Model, Run, format_rows, read_rows, run_protocol
+from emu_embodied.experiments.protocols.runner import Model, Run, format_rows, load_model, read_rows, run_protocol
 from emu_embodied.metrics.intervals import wilson
 from emu_embodied.policies.episode import run_episode
 from emu_embodied.policies.registry import PolicySpec
-from emu_embodied.records import Meta
+from emu_embodied.records import Field, Meta
+from emu_embodied.world_model import WorldModel
 from tests import tiny
 from tests.envs.fake_world import FakeWorld
-from tests.experiments.fake_protocol import PROTOCOL, FakeRule, make_env
+from tests.experiments.fake_protocol import PROTOCOL, FakeRule, make_env, make_toy_env
 
 META = Meta(command="bench")
 QUICK = PROTOCOL.choose(["still", "random", "replay"])
@@ -206,12 +206,34 @@ def test_rows_of_other_settings_stay_in_the_file(tmp_path):
         run_protocol(fast, QUICK, Run(episodes=1), path, META)
 
 
-def model(**changes) -> Model:
-    config = tiny.make_world().config
-    fitting = {"proprio": FakeWorld.proprio_fields, "cameras": ("eye",), "env_ids": PROTOCOL.env_ids, "objects": ()}
-    fitting |= {"action_dim": 2, "block": 5}
-    fields = {name: getattr(config, name) for name in config.__dataclass_fields__} | fitting | changes
-    return Model(config=SimpleNamespace(**fields), parameters=123_456, acts=False)
+def toy() -> WorldModel:
+    """An untrained model for the fake world."""
+    return tiny.make_world(
+        proprio=FakeWorld.proprio_fields,
+        objects=FakeWorld.object_fields,
+        cameras=("eye",),
+        env_ids=PROTOCOL.env_ids,
+        text_length=16,
+    )
+
+
+def model(**changes: object) -> Model:
+    return Model(config=replace(toy().config, **changes), parameters=123_456, acts=False)
+
+
+def test_learned_rows_are_run_with_a_checkpoint_of_this_embodiment(tmp_path):
+    toy().save_pretrained(tmp_path / "toy")
+    (tmp_path / "toy" / "meta.json").write_text('{"policy": {}}')
+    fast, found = replace(PROTOCOL, env_ids=("Fake/A",), make=make_toy_env), load_model(str(tmp_path / "toy"))
+    template = PolicySpec(checkpoint=str(tmp_path / "toy"))
+    names = ["true-picture", "shooting", "imagined", "imagined-objects", "token"]
+    controls = [fast.equip(control, template, {"samples": 4, "iterations": 1}) for control in fast.choose(names)]
+    rows = run_protocol(fast, controls, Run(episodes=1), tmp_path / "t.json", META, model=found)
+    assert [row.control for row in rows] == names and [row.episodes for row in rows] == [1] * 5
+    assert {row.parameters for row in rows} == {found.parameters} and {row.data_hash for row in rows} == {"0" * 64}
+    assert [row.settings.get("objective") for row in rows] == ["goal", "goal", "goal", "objects", None]
+    assert len({row.settings["weights"] for row in rows}) == 1
+    assert " M, data 00000000 |" in format_rows(rows)
 
 
 def test_rows_that_cannot_be_run_say_why(tmp_path):
@@ -220,7 +242,7 @@ def test_rows_that_cannot_be_run_say_why(tmp_path):
     assert {row.note for row in rows} == {"not run: no checkpoint was given"} and {row.success for row in rows} == {
         None
     }
-    told = [runner._why_not(control, model()) for control in learned]
+    told = [runner._why_not(control, model(objects=())) for control in learned]
     assert told == [
         "",
         "the checkpoint knows of no objects",
@@ -238,15 +260,17 @@ def test_rows_that_cannot_be_run_say_why(tmp_path):
     ("changes", "message"),
     [
         ({"action_dim": 3}, "does not fit Fake/A, action dimensions: 3 against 2"),
-        ({"block": 4}, "env steps in a block: 4 against 5"),
+        ({"block": 4}, "env steps in a block: 4 against 2"),
         ({"cameras": ("wrist",)}, "it reads wrist, the environment draws eye"),
+        ({"objects": (Field("block", "m", 0.0, 1.0),)}, r"objects: \['block'\] against \['goal_x', 'goal_y'\]"),
     ],
 )
 def test_a_checkpoint_for_another_embodiment_is_refused(changes, message, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "policy_settings", lambda spec, seed: {"seed": seed})
     imagined = PROTOCOL.choose(["imagined"])
     with pytest.raises(ValueError, match=message):
-        run_protocol(PROTOCOL, imagined, Run(episodes=1), tmp_path / "t.json", META, model=model(**changes))
+        toys = replace(PROTOCOL, make=make_toy_env)
+        run_protocol(toys, imagined, Run(episodes=1), tmp_path / "t.json", META, model=model(**changes))
 
 
 # -- names and the command line ---------------------------------------------------------------------------------------

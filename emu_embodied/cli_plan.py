@@ -36,8 +36,8 @@ class Search:
     planner: Literal["cem", "icem", "categorical", "mppi", "beam", "shooting"] = "cem"
     """Solver of the imagined and true policies."""
     objective: str = "goal"
-    """What plans are searched for: goal (the goal picture and place), or what the model predicts of the instruction:
-    reward, success, or both of these."""
+    """What plans are searched for: goal (the goal picture and place), objects (where the model sees things in the goal
+    picture, and place), or what the model predicts of the instruction: reward, success, or both of these."""
     samples: int | None = None
     """Candidate plans in an iteration."""
     iterations: int | None = None

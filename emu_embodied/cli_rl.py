@@ -58,6 +58,8 @@ class RL:
     """Weight of the KL to the checkpoint one started from."""
     variant: Literal["grpo", "dapo", "dr_grpo"] | None = None
     """How advantages and tokens are weighed."""
+    discount: float | None = None
+    """Credit each block with what came of it and after it, later gains discounted by this; else the end counts."""
     temperature: float | None = None
     """Of the draw of tokens in rollouts."""
     reward: str | None = None
@@ -124,7 +126,7 @@ class RL:
         from emu_embodied.train.rewards import RewardConfig
         from emu_embodied.train.rl import RLSettings
 
-        objective = {name: asked[name] for name in ("group", "kl_weight", "variant") if name in asked}
+        objective = {name: asked[name] for name in ("group", "kl_weight", "variant", "discount") if name in asked}
         trainer = {name: asked[name] for name in _TRAINER if name in asked}
         weights = self.reward or row.get("reward") or ("agreement=1" if self.loop == "imagination" else None)
         if weights is not None:
@@ -207,7 +209,7 @@ class RL:
 _TRAINER = (
     "rollouts", "groups", "epochs", "batch", "learning_rate", "temperature", "lora_rank", "workers",
 )  # fmt: skip
-_NUMBERS = (*_TRAINER, "group", "kl_weight", "variant", "horizon", "refresh_every")
+_NUMBERS = (*_TRAINER, "group", "kl_weight", "variant", "discount", "horizon", "refresh_every")
 
 
 def _weights(text: str) -> dict[str, float]:

@@ -11,6 +11,7 @@ and one switch, ``variant``, for how advantages and tokens are weighed. The name
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -37,6 +38,9 @@ class GRPOConfig:
     """A ratio of new to old probability below 1 - this gets no gradient where the token was bad."""
     clip_high: float = 0.28
     """A ratio above 1 + this gets none where it was good; more room than below keeps rare good tokens alive."""
+    discount: float | None = None
+    """Credit: None gives every token of a rollout the advantage of its end; a number in [0, 1] gives each block what
+    came of it and after it, later gains discounted (see ``block_advantages``)."""
     kl_weight: float = 0.01
     """Weight of the KL to the reference [1/nat]; 0 does without one, and without its memory."""
 
@@ -54,6 +58,8 @@ class GRPOConfig:
             raise ValueError(f"unknown variant {self.variant!r}: did you mean {near!r}? Known: {', '.join(known)}")
         if not 0 < self.clip_low < 1 or not self.clip_high > 0:
             raise ValueError(f"clip bounds {self.clip_low}, {self.clip_high}: give 0 < low < 1 and high > 0")
+        if self.discount is not None and not 0 <= self.discount <= 1:
+            raise ValueError(f"discount is {self.discount}, it has to lie in [0, 1] (or be left out)")
         if not self.kl_weight >= 0:
             raise ValueError(f"kl_weight is {self.kl_weight}, it has to be at least 0")
 
@@ -83,6 +89,37 @@ def group_advantages(rewards_QG: torch.Tensor, variant: Variant) -> torch.Tensor
     """Advantage [Q, G] of every rollout over its own group."""
     centred = rewards_QG - rewards_QG.mean(1, keepdim=True)
     return centred if variant == "dr_grpo" else centred / (rewards_QG.std(1, keepdim=True) + _EPSILON)
+
+
+def block_advantages(gains: Sequence[torch.Tensor], group: int, variant: Variant, discount: float) -> torch.Tensor:
+    """Advantage of every block: what came of it and after it, over the rest of its group at the same block.
+
+    Process supervision (Shao et al. 2024, section 4.1.3), with a discount. A block is not praised for what was gained
+    before it, nor much for what others did long after it, so that far fewer rollouts tell a good one from a bad one.
+
+    Args:
+        gains: of every rollout, group by group: float [T], what each of its blocks added to its reward.
+        group: G.
+        variant: see ``Variant``.
+        discount: of later gains, in [0, 1].
+
+    Returns:
+        float [sum of all T], rollout by rollout.
+    """
+    longest = max(len(gain) for gain in gains)
+    to_go_RT = torch.full((len(gains), longest), torch.nan, dtype=torch.float64)
+    for row, gain in enumerate(gains):
+        rest = 0.0
+        for t in reversed(range(len(gain))):
+            rest = float(gain[t]) + discount * rest
+            to_go_RT[row, t] = rest
+    to_go_QGT = to_go_RT.unflatten(0, (-1, group))
+    centred = to_go_QGT - to_go_QGT.nanmean(1, keepdim=True)
+    if variant != "dr_grpo":
+        spread_Q = centred.square().flatten(1).nanmean(1).sqrt()
+        centred = centred / (spread_Q[:, None, None] + _EPSILON)
+    flat = centred.flatten(0, 1)
+    return torch.cat([flat[row, : len(gain)] for row, gain in enumerate(gains)])
 
 
 def has_signal(rewards_QG: torch.Tensor, least: float) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from emu_embodied.acting import Actor, Situations
-from emu_embodied.train.grpo import group_advantages, has_signal
+from emu_embodied.train.grpo import block_advantages, group_advantages, has_signal
 from emu_embodied.train.loop import TrainingFailed
 from emu_embodied.train.reinforce import Experience, RLConfig, Score
 from emu_embodied.train.rewards import Scores, no_signal
@@ -60,8 +60,10 @@ class PolicyLoop:
             )
             rewards_QG = config.reward.score([rollout.outcome() for rollout in new]).total_R.view(-1, size)
             learnable_Q = has_signal(rewards_QG, config.least_spread)
-            advantages.append(group_advantages(rewards_QG, config.objective.variant)[learnable_Q].flatten())
-            kept += [rollout for i, rollout in enumerate(new) if learnable_Q[i // size]]
+            learned = [rollout for i, rollout in enumerate(new) if learnable_Q[i // size]]
+            if learned:
+                advantages.append(self._credit(learned, rewards_QG[learnable_Q]))
+            kept += learned
             played += new
         outcomes = [rollout.outcome() for rollout in played]
         scores = config.reward.score(outcomes)
@@ -74,19 +76,28 @@ class PolicyLoop:
             self._actor,
             config.temperature,
             kept or played,
-            torch.cat(advantages) if kept else torch.zeros(len(played)),
+            torch.cat(advantages) if kept else torch.zeros(sum(len(rollout) for rollout in played)),
             figures={**figures_of(played, scores), "groups_without_signal": float((len(played) - len(kept)) // size)},
             real=len(played),
             spent=spent,
             done=done,
         )
 
+    def _credit(self, rollouts: Sequence[Rollout], rewards_QG: torch.Tensor) -> torch.Tensor:
+        """Advantage of every decision of some groups, rollout by rollout."""
+        objective = self._config.objective
+        if objective.discount is not None:
+            gains = [self._config.reward.gains(rollout.outcome()) for rollout in rollouts]
+            return block_advantages(gains, objective.group, objective.variant, objective.discount)
+        lengths = torch.tensor([len(rollout) for rollout in rollouts])
+        return group_advantages(rewards_QG, objective.variant).flatten().repeat_interleave(lengths)
+
 
 def policy_experience(
     actor: Actor,
     temperature: float,
     rollouts: Sequence[Rollout],
-    advantage_M: torch.Tensor | None,
+    advantage_R: torch.Tensor | None,
     *,
     figures: dict[str, float],
     real: int,
@@ -94,15 +105,18 @@ def policy_experience(
     done: str = "",
     idle: bool = False,
 ) -> Experience:
-    """Experience of M rollouts; with ``advantage_M`` None they are to be imitated, unless the round stays ``idle``."""
+    """Experience of rollouts with R decisions.
+
+    With ``advantage_R`` None they are to be imitated, unless the round stays ``idle``.
+    """
     bins_RA = torch.cat([rollout.bins_TA for rollout in rollouts])
     rollout_R = torch.arange(len(rollouts)).repeat_interleave(torch.tensor([len(r) for r in rollouts]))
     return Experience(
         score=score_of(actor, Situations.cat([rollout.situations for rollout in rollouts]), bins_RA, temperature),
-        old_RT=None if advantage_M is None else torch.cat([rollout.log_probs_TA for rollout in rollouts]),
+        old_RT=None if advantage_R is None else torch.cat([rollout.log_probs_TA for rollout in rollouts]),
         mask_RT=torch.full_like(bins_RA, not idle, dtype=torch.bool),
         rollout_R=rollout_R,
-        advantage_R=torch.zeros(len(rollout_R)) if advantage_M is None else advantage_M[rollout_R],
+        advantage_R=torch.zeros(len(rollout_R)) if advantage_R is None else advantage_R,
         longest=max(rollout.budget for rollout in rollouts) * bins_RA.shape[1],
         real=real,
         figures=figures,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Literal
 
@@ -189,6 +189,26 @@ class RewardConfig:
         total = sum(self.weights[name] * values for name, values in terms.items())
         assert isinstance(total, torch.Tensor)
         return Scores(total / sum(self.weights[name] for name in terms), terms)
+
+    def gains(self, outcome: Outcome) -> torch.Tensor:
+        """What every block added to the reward: float64 [T], the differences of the scores of what was done so far.
+
+        Raises:
+            ValueError: see ``score``; or if the outcome does not tell its blocks.
+        """
+        if outcome.reward_T is None or outcome.actions_TKA is None:
+            raise ValueError(f"{outcome.label} does not tell its blocks: leave the discount out")
+        blocks = len(outcome.actions_TKA)
+        so_far = [
+            replace(
+                outcome,
+                success=bool(outcome.success) and t == blocks,
+                reward_T=outcome.reward_T[: t + 1],
+                actions_TKA=outcome.actions_TKA[:t],
+            )
+            for t in range(blocks + 1)
+        ]
+        return self.score(so_far).total_R.diff()
 
 
 def no_signal(scores: Scores, outcomes: Sequence[Outcome]) -> str:

@@ -10,7 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emu_embodied.train.grpo import GRPOConfig, group_advantages, grpo_loss, has_signal, imitation_loss, token_weights
+from emu_embodied.train.grpo import (
+    GRPOConfig,
+    block_advantages,
+    group_advantages,
+    grpo_loss,
+    has_signal,
+    imitation_loss,
+    token_weights,
+)
 
 VARIANTS = ("grpo", "dapo", "dr_grpo")
 
@@ -145,6 +153,28 @@ def test_advantages_are_relative(rewards):
     assert float(group_advantages(group, "grpo")[0].std()) == pytest.approx(1, abs=0.02)
 
 
+def test_blocks_are_credited_with_what_came_after_them():
+    gains = [torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 3.0]), torch.tensor([5.0]), torch.tensor([1.0])]
+    found = block_advantages(gains, 2, "dr_grpo", 0.5)
+    to_go = [[1 + 0.25 * 2, 1.0, 2.0], [1.5, 3.0], [5.0], [1.0]]
+    expected = [
+        to_go[0][0] - 1.5, 1.0 - 2.0, 0.0,  # the third block has nobody beside it
+        to_go[1][0] - 1.5, 3.0 - 2.0,
+        2.0, -2.0,
+    ]  # fmt: skip
+    assert found.tolist() == pytest.approx(expected)
+    scaled = block_advantages(gains, 2, "dapo", 0.5)
+    spread = math.sqrt(sum(a * a for a in expected[:5]) / 5)
+    assert scaled[:5].tolist() == pytest.approx([a / (spread + 1e-4) for a in expected[:5]])
+
+
+def test_without_discount_the_first_block_is_credited_with_everything():
+    rewards = torch.tensor([[2.0, 5.0, 6.0]], dtype=torch.float64)
+    gains = [torch.tensor([0.5, float(r) - 1.5]) for r in rewards[0]]  # all begin at 1
+    first = block_advantages(gains, 3, "dr_grpo", 1.0)[::2]
+    torch.testing.assert_close(first, group_advantages(rewards, "dr_grpo")[0])
+
+
 def test_masked_tokens_do_not_count():
     d = data()
     for name in ("new", "old"):
@@ -168,6 +198,7 @@ def test_imitation_is_likelihood():
         ({"variant": "drgrpo"}, "dr_grpo"),
         ({"clip_low": 1.5}, "clip"),
         ({"kl_weight": -1}, "kl_weight"),
+        ({"discount": 1.5}, "discount"),
     ],
 )
 def test_bad_settings(wrong, said):

@@ -32,6 +32,14 @@ def test_success_rises(tmp_path):
     assert np.mean(success[-4:]) > np.mean(success[:3]) + 0.25
 
 
+def test_credit_by_block_learns_too(tmp_path):
+    objective = GRPOConfig(group=8, discount=0.7)
+    config = replace(CONFIG, rollouts=96, objective=objective, learning_rate=1e-2, save_every=100)
+    reinforced(tmp_path, config)
+    reward = [line["reward"] for line in read_metrics(tmp_path / METRICS)]
+    assert np.mean(reward[-2:]) > np.mean(reward[:2]) + 1
+
+
 def test_what_a_run_writes(tmp_path):
     world, result = reinforced(tmp_path, SMALL)
     lines = read_metrics(tmp_path / METRICS)

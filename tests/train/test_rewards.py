@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -93,3 +95,19 @@ def test_a_constant_reward_is_named():
     batch = [outcome(rng, group=g, success=g == 0) for g in (0, 0, 1, 1)]
     said = no_signal(RewardConfig(weights={"success": 1.0}).score(batch), batch)
     assert "group 0 (Dot-v0, seed 3): success = 10" in said and "group 1" in said and "success = 1" in said
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_gains_add_up(seed):
+    one = outcome(np.random.default_rng(seed), success=bool(seed % 2))
+    config = RewardConfig()
+    gains = config.gains(one)
+    start = config.score([replace(one, success=False, reward_T=one.reward_T[:1], actions_TKA=one.actions_TKA[:0])])
+    assert len(gains) == len(one.actions_TKA)
+    torch.testing.assert_close(start.total_R[0] + gains.sum(), config.score([one]).total_R[0])
+
+
+def test_gains_of_what_has_no_blocks():
+    with pytest.raises(ValueError, match="leave the discount out"):
+        RewardConfig(weights={"agreement": 1.0}).gains(Outcome(label="x", group=0))

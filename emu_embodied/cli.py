@@ -66,7 +66,7 @@ class Collect:
     env: str = ""
     """Environment id, or several with commas between."""
     suite: str = ""
-    """All of a suite instead: panda, metaworld, pusht, fetch, ogbench, panda-gym."""
+    """All of a suite instead: panda, metaworld, pusht, fetch, ogbench, panda-gym, libero-goal (-spatial, -10 ...)."""
     episodes: int = 100
     """Episodes the dataset shall have."""
     out: Path

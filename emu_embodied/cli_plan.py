@@ -187,7 +187,7 @@ class Bench(Search):
     env: str = ""
     """Environment id, or several with commas between."""
     suite: str = ""
-    """All of a suite instead: panda, metaworld, pusht, fetch, ogbench, panda-gym."""
+    """All of a suite instead: panda, metaworld, pusht, fetch, ogbench, panda-gym, libero-goal (-spatial, -10 ...)."""
     policy: str = ""
     """random, scripted, token, shooting, imagined, true, subgoals or true_subgoals; or several with commas between. Of
     a protocol: rows of its table, all if left out."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from emu_embodied.data.batches import encode_dataset
 from emu_embodied.data.episodes import EpisodeStore
 from emu_embodied.decode.grammar import expected_bin
+from emu_embodied.tokens.sequence import MASKED
 from emu_embodied.train.pretrain import train_world
 from emu_embodied.train.windows import misjudged, perception_loss, window_tokens
 from emu_embodied.world_model import WorldModel
@@ -97,7 +98,10 @@ def test_windows_show_the_objects_misjudged_and_ask_for_the_truth(world, windows
     shown = misjudged(true_BTP, world, 4.0, torch.Generator().manual_seed(1))
     assert torch.equal(shown[..., :KNOWN], true_BTP[..., :KNOWN])
     assert not torch.equal(shown[..., KNOWN:], true_BTP[..., KNOWN:])
-    assert shown.min() >= 0 and shown.max() < world.config.state_bins
+    objects = shown[..., KNOWN:]
+    hidden_B = (objects == MASKED).flatten(1).all(1)
+    assert 0 < int(hidden_B.sum()) < len(objects) and bool((objects[~hidden_B] >= 0).all())
+    assert shown.max() < world.config.state_bins
     window = window_tokens(world, windows, 0.0, torch.Generator().manual_seed(1), object_noise=4.0)
     assert torch.equal(window.seen_BO, true_BTP[:, 0, KNOWN:])
     assert torch.equal(window.targets.proprio_MP, true_BTP[:, 1:].flatten(0, 1))
@@ -106,7 +110,10 @@ def test_windows_show_the_objects_misjudged_and_ask_for_the_truth(world, windows
 
 def test_errors_have_the_spread_that_was_asked_for(world):
     bins = torch.full((4000, 3, KNOWN + OBJECTS), world.config.state_bins // 2)
-    error = (misjudged(bins, world, 1.5, torch.Generator().manual_seed(0)) - bins)[..., KNOWN:].float()
+    shown = misjudged(bins, world, 1.5, torch.Generator().manual_seed(0))[..., KNOWN:]
+    shown = shown[(shown != MASKED).flatten(1).all(1)]
+    assert 0.45 < len(shown) / len(bins) < 0.55
+    error = (shown - world.config.state_bins // 2).float()
     # The deviation is U(0, 1.5): its mean square is 1.5^2 / 3; rounding to bins adds up to 1/12.
     assert 0.75 <= float(error.var()) <= 0.75 + 1 / 12 + 0.05
     lasting = (error[:, 0] * error[:, 1]).mean()

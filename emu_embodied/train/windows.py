@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from emu_embodied.data.batches import WindowBatch
 from emu_embodied.decode.grammar import StateLogits, state_logits
 from emu_embodied.models.transformer import EmuForCausalLM
-from emu_embodied.tokens.sequence import SequenceLayout, StateTokens
+from emu_embodied.tokens.sequence import MASKED, SequenceLayout, StateTokens
 from emu_embodied.train.losses import LossWeights, StateTargets, ordinal_cross_entropy
 from emu_embodied.world_model import WorldModel
 
@@ -103,7 +103,8 @@ def misjudged(
     """Bins as a model reads them in training: those of objects are off, as its own reading of a frame would be.
 
     A window's error has a standard deviation drawn from U(0, object_noise) [bins]; half of its variance is the same in
-    all states, as one who misjudges a place misjudges it again.
+    all states, as one who misjudges a place misjudges it again. Half of the windows show no objects at all: where
+    those of the state before stand there, they are copied, and nothing is learned of how frames show them.
     """
     rows, states = proprio_BTP.shape[:2]
     objects = len(world.config.objects)
@@ -114,7 +115,9 @@ def misjudged(
     passing = torch.randn(rows, states, objects, generator=generator)
     error_BTO = (spread * (lasting + passing)).round().long().to(proprio_BTP.device)
     known_BTP, told_BTO = proprio_BTP.split([len(world.config.proprio), objects], -1)
-    return torch.cat([known_BTP, (told_BTO + error_BTO).clamp(0, world.config.state_bins - 1)], -1)
+    seen_B11 = (torch.rand(rows, 1, 1, generator=generator) < 0.5).to(proprio_BTP.device)
+    shown_BTO = torch.where(seen_B11, (told_BTO + error_BTO).clamp(0, world.config.state_bins - 1), MASKED)
+    return torch.cat([known_BTP, shown_BTO], -1)
 
 
 def clean_logits(

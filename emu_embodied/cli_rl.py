@@ -58,6 +58,8 @@ class RL:
     """Weight of the KL to the checkpoint one started from."""
     variant: Literal["grpo", "dapo", "dr_grpo"] | None = None
     """How advantages and tokens are weighed."""
+    branch: Literal["episode", "block"] | None = None
+    """Loop policy: groups of whole episodes, or of single blocks at every state of one."""
     discount: float | None = None
     """Credit each block with what came of it and after it, later gains discounted by this; else the end counts."""
     temperature: float | None = None
@@ -207,7 +209,7 @@ class RL:
 
 
 _TRAINER = (
-    "rollouts", "groups", "epochs", "batch", "learning_rate", "temperature", "lora_rank", "workers",
+    "rollouts", "groups", "epochs", "batch", "learning_rate", "temperature", "branch", "lora_rank", "workers",
 )  # fmt: skip
 _NUMBERS = (*_TRAINER, "group", "kl_weight", "variant", "discount", "horizon", "refresh_every")
 

@@ -11,7 +11,7 @@ from emu_embodied.train.grpo import block_advantages, group_advantages, has_sign
 from emu_embodied.train.loop import TrainingFailed
 from emu_embodied.train.reinforce import Experience, RLConfig, Score
 from emu_embodied.train.rewards import Scores, no_signal
-from emu_embodied.train.rollouts import Rollout, Spent, draw_starts, roll_out
+from emu_embodied.train.rollouts import Rollout, Spent, branch_out, draw_starts, roll_out
 from emu_embodied.train.simulators import Crew
 
 
@@ -38,6 +38,8 @@ class PolicyLoop:
             TrainingFailed: if no group has any signal, naming terms and groups.
         """
         config, size = self._config, self._config.objective.group
+        if config.branch == "block":
+            return self._by_block(number, left)
         spent = Spent()
         played: list[Rollout] = []
         kept: list[Rollout] = []
@@ -81,6 +83,29 @@ class PolicyLoop:
             real=len(played),
             spent=spent,
             done=done,
+        )
+
+    def _by_block(self, number: int, left: int) -> Experience:
+        """A round in which every state of every episode is a group of its own."""
+        config, size, spent = self._config, self._config.objective.group, Spent()
+        episodes = min(config.groups, left // size)
+        starts = draw_starts(self._env_ids, episodes, config.seed, number)
+        blocks, played = branch_out(
+            self._crew, self._actor, starts, group=size, temperature=config.temperature, seed=config.seed,
+            number=number, spent=spent,
+        )  # fmt: skip
+        outcomes = [block.outcome() for block in blocks]
+        scores = config.reward.score(outcomes)
+        rewards_QG = scores.total_R.view(-1, size)
+        learnable_Q = has_signal(rewards_QG, config.least_spread)
+        if not bool(learnable_Q.any()):
+            raise TrainingFailed(f"{no_signal(scores, outcomes)}; the last good checkpoint is kept")
+        kept = [block for i, block in enumerate(blocks) if learnable_Q[i // size]]
+        advantage_R = group_advantages(rewards_QG[learnable_Q], config.objective.variant).flatten()
+        told = figures_of(played, config.reward.score([episode.outcome() for episode in played]))
+        told["groups_without_signal"] = float((len(blocks) - len(kept)) // size)
+        return policy_experience(
+            self._actor, config.temperature, kept, advantage_R, figures=told, real=episodes * size, spent=spent
         )
 
     def _credit(self, rollouts: Sequence[Rollout], rewards_QG: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,10 @@ class RLConfig:
     """The loss."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """What is wanted."""
+    branch: Literal["episode", "block"] = "episode"
+    """Loop ``policy``: a group is G whole episodes from one restored state, or G single blocks from it, at every state
+    of one episode (as many env steps, counted as G rollouts): each block is then compared with others from the same
+    state by what it changed at once, which takes rewards that grow on the way."""
     temperature: float = 1.0
     """Of the draw of tokens."""
     epochs: int = 2

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from emu_embodied.acting import Actor, Situations
+from emu_embodied.acting import ActionSample, Actor, Situations
 from emu_embodied.records import Observation
 from emu_embodied.train.rewards import Outcome
 from emu_embodied.train.simulators import Crew, Move, Moved, Start
@@ -203,6 +203,105 @@ def roll_out(
         playing = going
     crew.end()
     return [diary.closed() for diary in diaries]
+
+
+def branch_out(
+    crew: Crew,
+    actor: Actor,
+    starts: Sequence[Start],
+    *,
+    group: int,
+    temperature: float,
+    seed: int,
+    number: int,
+    spent: Spent,
+) -> tuple[list[Rollout], list[Rollout]]:
+    """Play one episode from every start, with a group of G one-block rollouts at each of its states.
+
+    All members of a group are tried from one restored state, and the episode goes on with one of them drawn at random:
+    so it is an episode of the policy, and every block was compared with others from the very same state. G times the
+    blocks of an episode are simulated for it, as many as G rollouts have.
+
+    Args:
+        crew: where.
+        actor: what acts.
+        starts: one for each episode.
+        group: G.
+        temperature: of the draw of action tokens.
+        seed: of the run.
+        number: of the round.
+        spent: is added to.
+
+    Returns:
+        The one-block rollouts, group by group (each with a group number of its own), and the episodes.
+    """
+    clock = time.perf_counter()
+    began = crew.begin(starts)
+    spent.waiting += time.perf_counter() - clock
+    episodes = [
+        _Diary(s, 0, _generator(seed, number, s.group, 0), [b.reward], b.budget, [b.observation.objects])
+        for s, b in zip(starts, began, strict=True)
+    ]
+    going, blocks = list(range(len(starts))), list[Rollout]()
+    clock = time.perf_counter()
+    now = actor.see([b.observation for b in began])
+    spent.inference += time.perf_counter() - clock
+    layout = actor.world.layout
+    while going:
+        clock = time.perf_counter()
+        generators = [episodes[row].generator for row in going for _ in range(group)]
+        every = now.rows([place for place in range(len(going)) for _ in range(group)])
+        drawn = actor.act(every, generators, temperature)
+        spent.inference += time.perf_counter() - clock
+        spent.tokens += len(every) * (layout.length(actor.context_states) + layout.action_tokens - 1)
+        clock = time.perf_counter()
+        actions_BKA = drawn.actions_BKA.cpu()
+        moves = [
+            Move(starts[going[i // group]].group, i % group, actions_BKA[i].numpy(), look=False)
+            for i in range(len(every))
+        ]
+        crew.send(moves)
+        moved = crew.receive()
+        spent.waiting += time.perf_counter() - clock
+        on: list[tuple[int, int]] = []
+        for place, row in enumerate(going):
+            episode, first = episodes[row], place * group
+            start = replace(episode.start, group=len(blocks) // group)
+            for i in range(first, first + group):
+                block = _Diary(
+                    start, i - first, episode.generator, episode.rewards[-1:], episode.budget, episode.objects[-1:]
+                )
+                _note(block, every.rows([i]).to("cpu"), drawn, i, actions_BKA, moved[i])
+                spent.steps += moved[i].steps
+                blocks.append(block.closed())
+            chosen = first + int(torch.randint(group, (), generator=episode.generator))
+            _note(episode, every.rows([chosen]).to("cpu"), drawn, chosen, actions_BKA, moved[chosen])
+            if not moved[chosen].over:
+                on.append((place, chosen))
+        if on:
+            clock = time.perf_counter()
+            seen = crew.fork([moves[chosen] for _, chosen in on])
+            spent.waiting += time.perf_counter() - clock
+            clock = time.perf_counter()
+            now = actor.follow(now.rows([place for place, _ in on]), actions_BKA[[chosen for _, chosen in on]], seen)
+            spent.inference += time.perf_counter() - clock
+        going = [going[place] for place, _ in on]
+    crew.end()
+    return blocks, [episode.closed() for episode in episodes]
+
+
+def _note(
+    diary: _Diary, situation: Situations, drawn: ActionSample, row: int, actions_BKA: torch.Tensor, moved: Moved
+) -> None:
+    one = slice(row, row + 1)
+    diary.situations.append(situation)
+    diary.bins.append(drawn.bins_BA[one].cpu())
+    diary.log_probs.append(drawn.log_probs_BA[one].cpu())
+    diary.actions.append(actions_BKA[one])
+    diary.rewards.append(moved.reward)
+    diary.objects.append(moved.observation.objects)
+    diary.steps += moved.steps
+    diary.last = moved
 
 
 def _generator(seed: int, number: int, group: int, member: int) -> torch.Generator:

@@ -64,11 +64,13 @@ class Move:
         group: of the rollout.
         member: its number in the group.
         actions_KA: float32.
+        look: whether the state reached is drawn, if the rollout is not over there.
     """
 
     group: int
     member: int
     actions_KA: np.ndarray
+    look: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class Moved:
     """What the block came to.
 
     Attributes:
-        observation: the state reached; without pictures where the rollout is over and nobody will look.
+        observation: the state reached; without pictures where nobody will look.
         reward: of that state.
         success: whether any state passed through solves the task; the rollout is over then.
         truncated: whether the step budget is used up; over, too.
@@ -135,12 +137,25 @@ class Stage:
             simulator.restore(self._now.pop(key, self._first[move.group]))
             transition = simulator.step_block(move.actions_KA, render=False)
             over = transition.success_any or transition.truncated
-            seen = transition.observation if over and not self._last_frames else simulator.observe()
+            wanted = self._last_frames if over else move.look
+            seen = simulator.observe() if wanted else transition.observation
             if not over:
                 self._now[key] = simulator.snapshot()
             steps = len(transition.rewards_K)
             reward = float(transition.rewards_K[-1])
             found.append(Moved(seen, reward, transition.success_any, transition.truncated, steps))
+        return found
+
+    def fork(self, moves: Sequence[Move]) -> list[Observation]:
+        """Let the groups of these rollouts go on from where these have come to; the other members are forgotten."""
+        found = []
+        for move in moves:
+            simulator = self._made[self._env[move.group]]
+            self._first[move.group] = self._now[move.group, move.member]
+            for key in [key for key in self._now if key[0] == move.group]:
+                del self._now[key]
+            simulator.restore(self._first[move.group])
+            found.append(simulator.observe())
         return found
 
     def end(self) -> None:
@@ -174,6 +189,10 @@ class Crew(Protocol):
 
     def begin(self, starts: Sequence[Start]) -> list[Began]:
         """See ``Stage.begin``."""
+        ...
+
+    def fork(self, moves: Sequence[Move]) -> list[Observation]:
+        """See ``Stage.fork``."""
         ...
 
     def send(self, moves: Sequence[Move]) -> None:
@@ -232,6 +251,9 @@ class _Here:
         self.busy_seconds += time.perf_counter() - began
         return found
 
+    def fork(self, moves: Sequence[Move]) -> list[Observation]:
+        return self._stage.fork(moves)
+
     def send(self, moves: Sequence[Move]) -> None:
         began = time.perf_counter()
         self._waiting.append(self._stage.play(moves))
@@ -252,6 +274,9 @@ class _Processes:
 
     def begin(self, starts: Sequence[Start]) -> list[Began]:
         return self._collect(self._hand_out("begin", starts))
+
+    def fork(self, moves: Sequence[Move]) -> list[Observation]:
+        return self._collect(self._hand_out("fork", moves))
 
     def send(self, moves: Sequence[Move]) -> None:
         self._waiting.append(self._hand_out("play", moves))
@@ -336,7 +361,7 @@ def _work(pipe: Connection, simulators: SimulatorFactory, last_frames: bool) -> 
                 if what == "end":
                     stage.end()
                 else:
-                    answer = stage.begin(items) if what == "begin" else stage.play(items)
+                    answer = {"begin": stage.begin, "play": stage.play, "fork": stage.fork}[what](items)
             except Exception as error:
                 refused = isinstance(error, ValueError | ImportError) and what == "begin"
                 failure = traceback.format_exc(), str(error) if refused else None

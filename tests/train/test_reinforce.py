@@ -16,10 +16,10 @@ from emu_embodied.train.loop import TrainingFailed
 from emu_embodied.train.reinforce import Reference, RLConfig, Trained
 from emu_embodied.train.rewards import RewardConfig, RewardTerm
 from emu_embodied.train.rl_log import METRICS, collapse, read_metrics
-from emu_embodied.train.rollouts import Spent, draw_starts, roll_out
+from emu_embodied.train.rollouts import Spent, branch_out, draw_starts, roll_out
 from emu_embodied.train.simulators import open_crew
 from emu_embodied.world_model import WorldModel
-from tests.train.rl_world import CONFIG, make_near, make_policy_world, reinforced, weights
+from tests.train.rl_world import CONFIG, NearPoint, make_near, make_policy_world, reinforced, weights
 
 SMALL = replace(CONFIG, rollouts=24)
 
@@ -38,6 +38,45 @@ def test_credit_by_block_learns_too(tmp_path):
     reinforced(tmp_path, config)
     reward = [line["reward"] for line in read_metrics(tmp_path / METRICS)]
     assert np.mean(reward[-2:]) > np.mean(reward[:2]) + 1
+
+
+def test_groups_of_single_blocks_learn_too(tmp_path):
+    config = replace(CONFIG, rollouts=96, branch="block", objective=GRPOConfig(group=8), learning_rate=1e-2, batch=32)
+    whole, _ = reinforced(tmp_path / "whole", replace(config, save_every=100))
+    reward = [line["reward"] for line in read_metrics(tmp_path / "whole" / METRICS)]
+    assert np.mean(reward[-2:]) > np.mean(reward[:2]) + 1
+    reinforced(tmp_path / "parts", replace(config, rollouts=16))
+    parts, _ = reinforced(tmp_path / "parts", config, resume=True)
+    assert all(torch.equal(w, weights(parts)[n]) for n, w in weights(whole).items())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_branch_is_one_block_of_its_episode(workers):
+    world = make_policy_world()
+    with open_crew(make_near, workers) as crew:
+        starts = draw_starts(("PointMass-v0", "Twin-v0"), 2, 3, 0)
+        blocks, episodes = branch_out(
+            crew, Actor(world), starts, group=3, temperature=1.0, seed=3, number=0, spent=Spent()
+        )
+    assert len(blocks) == 3 * sum(len(episode) for episode in episodes)
+    for episode in episodes:
+        point = NearPoint()
+        point.reset(seed=episode.start.seed)
+        for t in range(len(episode)):
+            group = [b for b in blocks if b.start.seed == episode.start.seed and b.reward_T[0] == episode.reward_T[t]]
+            own = torch.from_numpy(point.observe(render=False).proprio)
+            assert len(group) == 3 and len({b.start.group for b in group}) == 1
+            assert all(torch.equal(b.situations.proprio_BTP[0, 0].long(), world.proprio.encode(own)) for b in group), (
+                "one restored state"
+            )
+            here = point.snapshot()
+            for block in group:
+                point.restore(here)
+                moved = point.step_block(block.actions_TKA[0].numpy())
+                assert block.reward_T[1] == pytest.approx(float(moved.rewards_K[-1]))
+            assert any(torch.equal(b.actions_TKA[0], episode.actions_TKA[t]) for b in group)
+            point.restore(here)
+            point.step_block(episode.actions_TKA[t].numpy())
 
 
 def test_what_a_run_writes(tmp_path):

@@ -16,7 +16,7 @@ from emu_embodied.records import Plan
 class Proposals(Protocol):
     """Goes on with plans, from the state of one decision."""
 
-    def __call__(self, done_ShKA: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def __call__(self, done_ShKA: torch.Tensor, generator: torch.Generator, /) -> torch.Tensor:
         """A next block float32 [S, K, A] for each of S beginnings of plans [S, h, K, A], drawn anew in each call.
 
         Args:

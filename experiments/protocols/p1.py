@@ -53,7 +53,7 @@ ALIKE = math.radians(20.0)
 class PushTRule:
     """See ``Rule``: positions of disc and block, and the block's angle."""
 
-    sources = ("expert", "noisy")
+    sources: tuple[str, ...] = ("expert", "noisy")
     ends_at_success = True
     first_seed = 0
 

@@ -52,7 +52,7 @@ class ArmRule:
         alone: there is no thing: the tool itself has to get there.
     """
 
-    sources = ("expert", "noisy")
+    sources: tuple[str, ...] = ("expert", "noisy")
     ends_at_success = False
     first_seed = 200_000
     """Above the seeds that OGBench keeps for its five evaluation tasks."""
@@ -84,7 +84,9 @@ def make_env(env_id: str, *, image_size: int = 64) -> GoalReaching:
 
 
 POINTED = Control(
-    name="expert", what="the suite's scripted expert, its goal put where the thing is", make=PointedExpert
+    name="expert",
+    what="the suite's scripted expert, its goal put where the thing is",
+    make=PointedExpert,  # type: ignore[arg-type]  # of problems, which is all that this protocol makes
 )
 
 PROTOCOL = Protocol(

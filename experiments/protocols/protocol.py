@@ -96,7 +96,11 @@ class Protocol:
 
 STILL = Control(name="still", what="does nothing", make=Still)
 RANDOM = Control(name="random", what="uniformly random blocks", spec=PolicySpec(name="random"))
-REPLAY = Control(name="replay", what="plays the recorded actions: every goal can be reached", make=Replay)  # type: ignore[arg-type]
+REPLAY = Control(
+    name="replay",
+    what="plays the recorded actions: every goal can be reached",
+    make=Replay,  # type: ignore[arg-type]  # of problems, as in every protocol that has this row
+)
 EXPERT = Control(name="expert", what="the suite's scripted expert", spec=PolicySpec(name="scripted"))
 TRUE_OBJECTS = Control(
     name="true",

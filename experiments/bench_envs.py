@@ -7,9 +7,10 @@ python -m emu_embodied.experiments.bench_envs --env PushT,MetaWorld/hammer-v3 --
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ class BenchConfig:
     repeats: int = 5
     """Measurements of each kind; the median is reported."""
     json: Path | None = None
-    """Where to write the rows."""
+    """Where to write the rows, after every one; rows of other environments that are there already stay, as suites that
+    need packages of their own are measured one after another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,10 +166,10 @@ def main(config: BenchConfig) -> None:
     print(
         f"{'env':36s} {'steps/s':>8s} {'a block':>8s} {'each':>8s} {'frame ms':>9s} {'default ms':>10s} {'ratio':>6s}"
     )
-    rows = []
+    rows = _rows(config.json, but=ids)
     for env_id in ids:
         row = bench(env_id, config)
-        rows.append(row)
+        rows.append(asdict(row))
         default = (
             f"{row.default_frame_ms:10.2f} {row.default_ratio:6.1f}" if row.default_ratio else f"{'-':>10s} {'-':>6s}"
         )
@@ -175,8 +177,22 @@ def main(config: BenchConfig) -> None:
             f"{env_id:36s} {row.steps_per_second:8.0f} {row.steps_per_second_block:8.0f} "
             f"{row.steps_per_second_64px:8.0f} {row.frame_ms:9.2f} {default}"
         )
-    if config.json is not None:
-        write_json(config.json, {"rows": [asdict(row) for row in rows], "meta": meta_dict(make_meta())})
+        if config.json is not None:
+            write_json(config.json, {"rows": rows, "meta": meta_dict(make_meta())})
+
+
+def _rows(path: Path | None, *, but: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of an earlier run, without those that are measured anew.
+
+    Raises:
+        ValueError: if the file holds something else.
+    """
+    if path is None or not path.exists():
+        return []
+    try:
+        return [row for row in json.loads(path.read_text())["rows"] if row["env"] not in but]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no rows of bench_envs ({error!r}): give another --json") from error
 
 
 if __name__ == "__main__":

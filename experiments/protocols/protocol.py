@@ -90,8 +90,8 @@ class Protocol:
         """
         if control.spec is None:
             return control
-        kept = {"name": control.spec.name, "objective": control.spec.objective}
-        return replace(control, spec=replace(template, **kept, budget=replace(self.search, **budget)))
+        own, search = control.spec, replace(self.search, **budget)
+        return replace(control, spec=replace(template, name=own.name, objective=own.objective, budget=search))
 
 
 STILL = Control(name="still", what="does nothing", make=Still)

@@ -11,7 +11,7 @@ from emu_embodied.cli_train import Device
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Ask a checkpoint what it knows, on fresh episodes: linear probes of positions, tokenizer, heed of actions.
+    """Ask a checkpoint what it knows, on fresh episodes: probes of positions, tokenizer, heed of actions.
 
     Writes the figures to --json, and a picture of them beside it.
     """
@@ -20,9 +20,9 @@ class Inspect:
     """A shipped name or a checkpoint folder."""
     env: str
     """Environment id."""
-    episodes: int = 240
+    episodes: int = 400
     """Episodes, of mixed behaviour, with seeds that no training run draws; probes are fitted on two thirds."""
-    blocks: int = 6
+    blocks: int = 4
     """Longest episode [blocks]."""
     horizon: int = 4
     """Blocks imagined."""

@@ -161,21 +161,25 @@ def _inspections(found: dict[str, Any]) -> str:
     if not found:
         return "Not inspected: `emu-embodied inspect`."
     lines = [
-        "| environment | gripper, probe (guess) | object, probe (guess) | object, as read out | codebook used | "
-        "idempotent | action sensitivity | reward r, random plans |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| environment | gripper, probe (guess) | object, probe (guess) | object, by looking | object, as read out | "
+        "codebook used | idempotent | action sensitivity | reward r, random plans |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for env_id, one in found.items():
         probes = [_probe_cell(one, label) for label in ("gripper", "object")]
         said = one.get("object_read")
         within = one.get("reward_r_random")
+        looked = next((f"{one[name]:.1f} {name[-2:]}" for name in one if name.startswith("object_looking_")), "-")
         cells = [
-            env_id, *probes, "-" if said is None else f"{said['error']:.1f} {said['unit']}",
+            env_id, *probes, looked, "-" if said is None else f"{said['error']:.1f} {said['unit']}",
             f"{one['codebook_used']:.2f}", f"{one['idempotent']:.2f}", f"{one['action_sensitivity_db']:.1f} dB",
             "-" if within is None else f"{within:.2f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    note = "Probes are linear, on held-out episodes: what can be read of positions from the tokenizer's codes."
+    note = (
+        "On held-out episodes, what can be read of positions from codes and the instruction's words, by a linear probe "
+        "and by one that looks at one place."
+    )
     return "\n".join(lines) + f"\n\n{note}"
 
 
@@ -236,9 +240,10 @@ def _short_inspection(content: dict[str, Any]) -> dict[str, Any]:
     """What a card shows of an inspection, with where it comes from."""
     short = {key: value for key, value in content.items() if key in _SHORT or key.startswith(("gripper_", "object_"))}
     probed = next((score for score in content["probes"]["codes"][1:]), None)
-    for score in content["probes"].get("pixels_and_words", ()):
-        if probed is not None and score["place"] == probed["place"]:
-            short[f"object_pixels_{score['unit']}"] = score["error"]
+    for label, kind in (("pixels", "pixels_and_words"), ("looking", "codes_by_looking")):
+        for score in content["probes"].get(kind, ()):
+            if probed is not None and score["place"] == probed["place"]:
+                short[f"object_{label}_{score['unit']}"] = score["error"]
     if probed is not None and probed["place"] in content["ahead"][0]["errors"]:
         short["object_read"] = {"error": content["ahead"][0]["errors"][probed["place"]], "unit": probed["unit"]}
     if content.get("plans"):

@@ -80,7 +80,7 @@ def test_measurements_are_kept_and_shown(folder, tmp_path) -> None:
     found = inspection(tmp_path / "i.json", weights)
     rows = bench(tmp_path / "b.json", row(weights=weights), row("random", success=0.1))
     card = write_card(folder, weights, [found], [rows]).read_text()
-    assert "| Dot-v0 | 2.5 (11.0) cm | 9.0 (10.0) cm | 1.2 cm | 0.75 | 0.66 | 4.2 dB | 0.31 |" in card
+    assert "| Dot-v0 | 2.5 (11.0) cm | 9.0 (10.0) cm | - | 1.2 cm | 0.75 | 0.66 | 4.2 dB | 0.31 |" in card
     assert "| Dot-v0 | imagined | goal | 10 | 50 % | 20 to 80 % |" in card and "| random |" in card
     assert "its codes reads off by 9.0 cm, of the pixels themselves by 8.0, a constant guess by 10.0." in card
     assert "Not measured in closed loop" not in card

@@ -14,8 +14,9 @@ import torch
 from tqdm import tqdm
 
 from emu_embodied.metrics.image import psnr
+from emu_embodied.metrics.looking import look
 from emu_embodied.metrics.probes import Place, ProbeScore, Split, kernel, places, probe, words
-from emu_embodied.models.ibq import code_usage
+from emu_embodied.models.ibq import code_usage, to_pixels
 from emu_embodied.records import Episode, Observation
 from emu_embodied.tokens.frames import IBQFrameTokenizer
 from emu_embodied.world_model import WorldModel
@@ -103,8 +104,9 @@ class Inspection:
     Attributes:
         probes: kind of vector -> how well each position is read from it: ``pixels_and_words`` (the pictures themselves
             and the instruction's words, for comparison), ``codes`` (the tokenizer's code vectors), ``codes_and_words``,
-            ``hidden`` (the backbone's, of the whole state) and ``readout`` (its last one, from which on the model says
-            what it makes of the state).
+            ``hidden`` (the backbone's, of the whole state), ``readout`` (its last one, from which on the model says
+            what it makes of the state); not linear (see ``looking``) ``codes_by_looking`` and ``encoder_by_looking``
+            (before quantisation: what the codebook costs).
         gripper: name of the robot's own position among them; None if proprio has none.
         object: name of the first object's; None if the environment tells of none.
         tokenizer: its figures.
@@ -156,12 +158,9 @@ class Inspection:
 
     def table(self) -> str:
         """The figures as text."""
-        lines = ["linear probes, error (fitted on half; of a constant guess)"]
+        lines = ["probes: error (of a constant guess)"]
         for kind, scores in self.probes.items():
-            cells = [
-                f"{score.place} {score.error:.2f} ({score.error_of_half:.2f}; {score.guess:.2f}) {score.unit}"
-                for score in scores
-            ]
+            cells = [f"{score.place} {score.error:.2f} ({score.guess:.2f}) {score.unit}" for score in scores]
             lines.append(f"  {kind:17s} {'   '.join(cells)}")
         one = self.tokenizer
         lines.append(
@@ -199,7 +198,8 @@ def inspect_world(
     rows = np.linspace(0, len(every.episode_M) - 1, min(PROBED, len(every.episode_M))).astype(int)
     states = every.at(rows)
     split = Split.of(states.episode_M, HELD_OUT)
-    vectors = world.frames.embed(states.codes_MN).flatten(1).cpu()
+    cells = world.frames.embed(states.codes_MN).cpu()
+    vectors = cells.flatten(1)
     told = words(states.instructions)
     hidden = hidden_states(world, states)
     shown = [np.concatenate([episode.frames[camera] for episode in episodes]) for camera in world.config.cameras]
@@ -218,6 +218,13 @@ def inspect_world(
         ]
         for kind, found in tqdm(kernels.items(), desc="probes", unit="probe")
     }
+    sought = [*((place, states.proprio_MP) for place in robot[:1]), *((place, states.objects_MO) for place in things)]
+    unquantised = encoder_cells(world, pixels.unflatten(1, (len(shown), *shown[0].shape[1:])))
+    for kind, looked_at in tqdm({"encoder_by_looking": unquantised, "codes_by_looking": cells}.items(), desc="looking"):
+        probes[kind] = [
+            look(looked_at, told, numbers_MO, place, split, world.frames.grid, seed=seed)
+            for place, numbers_MO in sought
+        ]
     return Inspection(
         probes=probes,
         gripper=robot[0].name if robot else None,
@@ -265,6 +272,22 @@ def hidden_states(world: WorldModel, states: States) -> torch.Tensor:
         hidden = backbone.core(backbone.embed(ids), positions, mask=None)
         found.append(hidden[:, layout.text_tokens :].float().cpu())
     return torch.cat(found)
+
+
+@torch.no_grad()
+def encoder_cells(world: WorldModel, pictures: torch.Tensor) -> torch.Tensor:
+    """What the tokenizer's encoder gives before quantisation.
+
+    Args:
+        world: whose tokenizer.
+        pictures: uint8 [M, cameras, height, width, 3].
+
+    Returns:
+        float32 [M, N, code dim] on the CPU, the cameras one after another.
+    """
+    flat = pictures.flatten(0, 1).split(BATCH)
+    found = [world.frames.ibq.vectors(to_pixels(part.to(world.frames.device))).flatten(1, 2).cpu() for part in flat]
+    return torch.cat(found).unflatten(0, pictures.shape[:2]).flatten(1, 2)
 
 
 def reading_place(world: WorldModel) -> int:

@@ -2,10 +2,10 @@
 
 A linear probe of a whole picture has to learn anew for every cell what a thing looks like there, so it says little of
 where small things are, for pixels and codes alike. This one scores every cell by the same direction, which the words
-choose, takes the weighted mean of the cells' places and vectors (a few glances beside each other), and reads the
-position linearly from that: an attention layer and no more.
+choose, takes the weighted mean of the cells' places and vectors, and reads the position linearly from that: one head of
+attention and no more. It wants several hundred episodes, as a thing's place is often the same all through one.
 
-Shape letters: M states, N cells, D width of a cell's vector, W words, G glances, O numbers that are read.
+Shape letters: M states, N cells, D width of a cell's vector, W words, O numbers that are read.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import nn
 from emu_embodied.metrics.intervals import bootstrap_mean
 from emu_embodied.metrics.probes import FOLDS, Place, ProbeScore, Split
 
-GLANCES = 4
-"""Places that are looked at, each by a direction of its own."""
-STEPS, EVERY = 300, 20
-"""Steps of training, and between looks at the states that say when to stop."""
+STARTS = 4
+"""Directions that are started from: one that begins between two things may never choose."""
+STEPS, EVERY = 200, 25
+"""Steps of training from each, and between looks at the states that say when to stop."""
 
 
 class Glance(nn.Module):
@@ -46,17 +46,17 @@ class Glance(nn.Module):
         rows, columns = (torch.linspace(-1, 1, side) for side in grid)
         places = torch.stack([part.flatten() for part in torch.meshgrid(rows, columns, indexing="ij")], 1)
         self.register_buffer("places_N2", places.repeat(pictures, 1))
-        self.query = nn.Parameter(torch.randn(words, GLANCES, width, generator=generator) * width**-0.5)
-        self.read = nn.Linear(GLANCES * (width + 2), numbers)
+        self.query = nn.Parameter(torch.randn(words, width, generator=generator) * width**-0.5)
+        self.read = nn.Linear(width + 2, numbers)
         nn.init.normal_(self.read.weight, std=0.05, generator=generator)
         nn.init.zeros_(self.read.bias)
 
     def forward(self, cells_MND: torch.Tensor, words_MW: torch.Tensor) -> torch.Tensor:
         """Numbers [M, O]."""
-        query_MGD = torch.einsum("mw,wgd->mgd", words_MW, self.query)
-        weight_MGN = torch.softmax(torch.einsum("mgd,mnd->mgn", query_MGD, cells_MND), -1)
+        weight_MN = torch.softmax(torch.einsum("md,mnd->mn", words_MW @ self.query, cells_MND), -1)
         places = self.places_N2.expand(len(cells_MND), -1, -1)
-        return self.read(torch.einsum("mgn,mnf->mgf", weight_MGN, torch.cat([cells_MND, places], -1)).flatten(1))
+        read: torch.Tensor = self.read(torch.einsum("mn,mnf->mf", weight_MN, torch.cat([cells_MND, places], -1)))
+        return read
 
 
 def look(
@@ -89,10 +89,11 @@ def look(
     cells = (cells - cells[fit].mean((0, 1))) / cells[fit].std((0, 1)).clamp_min(1e-6)
     words = words_MW * math.sqrt(words_MW.shape[1])
     generator = torch.Generator().manual_seed(seed)
-    model = Glance(words.shape[1], cells.shape[2], true.shape[1], grid, cells.shape[1] // math.prod(grid), generator)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.02)
     best, kept = math.inf, true.new_zeros(len(held), true.shape[1])
-    with torch.enable_grad():
+    for _ in range(STARTS):
+        pictures = cells.shape[1] // math.prod(grid)
+        model = Glance(words.shape[1], cells.shape[2], true.shape[1], grid, pictures, generator)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.5)
         for step in range(STEPS):
             optimizer.zero_grad()
             read = model(cells[inside], words[inside])

@@ -23,7 +23,7 @@ COLOURS = {
 
 
 def draw_inspection(found: Inspection, title: str, path: Path) -> Path:
-    """Write a PNG of three panels: probes beside a guess, action sensitivity, positions ahead."""
+    """Write a PNG of three panels: probes over a guess, action sensitivity, positions ahead."""
     figure = Figure(figsize=(11, 3.4), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
@@ -43,7 +43,7 @@ def draw_inspection(found: Inspection, title: str, path: Path) -> Path:
 
 def _probes(axes: Axes, found: Inspection) -> None:
     """Errors as shares of the guess, so that centimetres and degrees stand side by side; the numbers are above."""
-    axes.set_title("linear probes: error / constant guess", fontsize=9, loc="left")
+    axes.set_title("probes: error / constant guess", fontsize=9, loc="left")
     width = 0.8 / len(found.probes)
     for i, (kind, scores) in enumerate(found.probes.items()):
         where = np.arange(len(scores)) + (i - (len(found.probes) - 1) / 2) * width

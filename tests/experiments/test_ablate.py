@@ -14,6 +14,7 @@ from emu_embodied.data.episodes import EpisodeStore
 from emu_embodied.envs.registry import make
 from emu_embodied.experiments import ablate as module
 from emu_embodied.experiments.ablate import VARIANTS, Ablate, WithoutObjects, ablate, main
+from emu_embodied.metrics import looking
 from emu_embodied.policies.behaviours import BEHAVIOURS
 from emu_embodied.policies.registry import PlanningBudget
 from emu_embodied.tokens.frames import IBQFrameTokenizer
@@ -33,6 +34,7 @@ TRAINING = WorldTraining(
 @pytest.fixture(autouse=True)
 def preset(monkeypatch):
     monkeypatch.setitem(presets.PRESETS, "tiny", ROW)
+    monkeypatch.setattr(looking, "STEPS", looking.EVERY)
 
 
 def small(env_id: str):

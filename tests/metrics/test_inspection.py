@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from emu_embodied.metrics import inspection
+from emu_embodied.metrics import inspection, looking
 from emu_embodied.metrics.image import psnr
 from emu_embodied.metrics.inspection import (
     REENCODED,
@@ -31,6 +31,14 @@ HORIZON = 3
 EPISODES = [tiny.make_episode(seed) for seed in range(12)]
 PROPRIO = (Field("ee_x", "m", 0.0, 1.0), Field("ee_y", "m", 0.0, 1.0), Field("grip", "1", -1.0, 1.0))
 OBJECTS = (Field("dot_x", "px", 0.0, 1.0), Field("dot_y", "px", 0.0, 1.0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_looks():
+    """What a look finds is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(looking, "STEPS", looking.EVERY)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +202,14 @@ def test_short_episodes_are_refused(world) -> None:
 def test_the_picture_is_written(found, tmp_path) -> None:
     path = draw_inspection(found, "tiny", tmp_path / "inspect.png")
     assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_cells_of_the_encoder_are_those_that_codes_are_chosen_for(world) -> None:
+    pictures = torch.from_numpy(np.stack([EPISODES[0].frames[camera] for camera in tiny.CAMERAS], 1))
+    cells = inspection.encoder_cells(world, pictures)
+    codes = encode_states(world, EPISODES[:1]).codes_MN
+    assert cells.shape == (*codes.shape, tiny.IBQ_CONFIG.embed_dim)
+    assert torch.equal(world.frames.ibq.quantize.nearest(cells.flatten(0, 1)).view(codes.shape), codes)
 
 
 def test_pictures_are_spread_over_episodes(world) -> None:

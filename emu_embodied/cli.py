@@ -101,7 +101,9 @@ class Collect:
             seed=self.seed,
             mixture=_shares(self.mixture),
         )
-        cameras = {"cameras": tuple(name.strip() for name in self.cameras.split(","))} if self.cameras else {}
+        cameras: dict[str, Any] = (
+            {"cameras": tuple(name.strip() for name in self.cameras.split(","))} if self.cameras else {}
+        )
         maker = make if self.pairs == "all" else partial(make_spoken, pairs=self.pairs)
         simulators = partial(maker, image_size=self.image_size, **cameras)
         result = collect(config, simulators, BEHAVIOURS, meta=meta_dict(make_meta(seed=self.seed)))

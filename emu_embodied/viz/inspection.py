@@ -58,11 +58,10 @@ def _probes(axes: Axes, found: Inspection) -> None:
 
 def _pictures(axes: Axes, found: Inspection) -> None:
     axes.set_title(f"frames, PSNR [dB]: {found.sensitivity:+.2f} dB by the actions", fontsize=9, loc="left")
-    rows = [row for row in found.ahead if row.psnr is not None]
-    blocks = [row.h for row in rows]
-    axes.plot(blocks, [row.psnr for row in rows], color=IMAGINED, marker="o", markersize=3.5, label="own actions")
-    shuffled = [row.psnr_shuffled for row in rows]
-    axes.plot(blocks, shuffled, color=COPY, marker="s", markersize=3, label="another episode's actions")
+    rows = [(row.h, row.psnr, row.psnr_shuffled) for row in found.ahead if row.psnr is not None]
+    blocks, own, foreign = (np.array(column, float) for column in zip(*rows, strict=True))
+    axes.plot(blocks, own, color=IMAGINED, marker="o", markersize=3.5, label="own actions")
+    axes.plot(blocks, foreign, color=COPY, marker="s", markersize=3, label="another episode's actions")
     axes.set_xlabel("blocks ahead", fontsize=8)
     axes.set_xticks(blocks)
 

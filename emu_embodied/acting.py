@@ -13,8 +13,6 @@ import numpy as np
 import torch
 
 from emu_embodied.decode.actions import ActionDecoder, Generators
-from emu_embodied.decode.grammar import expected_bin
-from emu_embodied.models.cache import KVCache
 from emu_embodied.records import Observation
 from emu_embodied.world_model import WorldModel
 
@@ -261,30 +259,10 @@ class Actor:
         if proprio.shape[1:] != (len(config.proprio),) or not np.isfinite(proprio).all():
             names = ", ".join(field.name for field in config.proprio)
             raise ValueError(f"proprio must be {len(config.proprio)} finite numbers ({names})")
-        numbers_BP = torch.nn.functional.pad(torch.from_numpy(proprio), (0, len(config.objects)))
-        bins_BP = self.world.proprio.encode(numbers_BP.to(self.device))
-        return codes_BN, self._with_objects(text_BL, codes_BN, bins_BP)
-
-    @torch.no_grad()
-    def _with_objects(self, text_BL: torch.Tensor, codes_BN: torch.Tensor, bins_BP: torch.Tensor) -> torch.Tensor:
-        """Fill in where the objects are seen: in each frame alone, one number after another, as ``observe`` does."""
-        world, backbone = self.world, self.world.backbone
-        known, span = len(world.config.proprio), world.layout.vocabulary.state
-        slots = world.layout.proprio_slots[known:].tolist()
-        if not slots:
-            return bins_BP
-        before = torch.cat([text_BL.long(), world.layout.state_ids(codes_BN, bins_BP)[:, : slots[0]]], 1)
-        new_BLD = backbone.embed(before)
-        room = before.shape[1] + len(slots)
-        cache = KVCache(backbone.config, len(before), room, device=backbone.devices, dtype=new_BLD.dtype)
-        bins = [bins_BP[:, :known]]
-        for _ in slots:
-            positions = torch.arange(cache.length, cache.length + new_BLD.shape[1], device=self.device)
-            hidden = backbone.core(new_BLD, positions, cache=cache, first=new_BLD.shape[1] - 1)
-            found_B = expected_bin(backbone.head(hidden[:, -1], slice(span.start, span.stop))).round().long()
-            bins.append(found_B[:, None])
-            new_BLD = backbone.embed(span.ids(bins[-1]))
-        return torch.cat(bins, 1)
+        proprio_BP = torch.from_numpy(proprio).to(self.device)
+        with torch.no_grad():
+            seen_BO = self.world.see(text_BL.long(), codes_BN, proprio_BP)
+        return codes_BN, self.world.proprio.encode(torch.cat([proprio_BP, seen_BO], 1))
 
 
 def past_embeds(world: WorldModel, situations: Situations) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from emu_embodied.decode.autoregressive import SequentialDecoder
 from emu_embodied.decode.dida import ParallelDecoder, StateDecoder
+from emu_embodied.decode.glance import glance
 from emu_embodied.decode.grammar import expected_bin
 from emu_embodied.decode.order import Order
 from emu_embodied.decode.paths import StatePath, known_path, make_path
@@ -340,8 +341,7 @@ class WorldModel:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Write what stands before an observation and the observation itself into a cache.
 
-        The objects, of which an observation says nothing, are decoded one number after another, each the nearest bin to
-        its expectation.
+        The objects, of which an observation says nothing, are read off its picture (``see``).
 
         Returns:
             Codes [N], proprio [P] and objects [O] of the state.
@@ -354,19 +354,26 @@ class WorldModel:
                 f"proprio must be {known} finite numbers ("
                 f"{', '.join(field.name for field in self.config.proprio)}), got {proprio_P.tolist()}"
             )
-        unseen = proprio_P.new_zeros(len(self.config.objects))
-        ids = self.layout.state_ids(codes_N, self.proprio.encode(torch.cat([proprio_P, unseen])))[None]
-        span, expected = self.layout.vocabulary.state, []
-        pending, done = before_1LD, 0
-        for slot in self.layout.proprio_slots[known:].tolist():
-            pending = torch.cat([pending, self.backbone.embed(ids[:, done:slot]) + condition_1D[:, None]], 1)
-            hidden = self._write(cache, pending)
-            expected.append(expected_bin(self.backbone.head(hidden[0, -1], slice(span.start, span.stop))))
-            ids[:, slot] = span.ids(expected[-1].round().long())
-            pending, done = pending[:, :0], slot
-        self._write(cache, torch.cat([pending, self.backbone.embed(ids[:, done:]) + condition_1D[:, None]], 1))
-        bins = torch.cat([unseen.new_zeros(known), *(number[None] for number in expected)])
-        return codes_N, proprio_P, self._split(self.proprio.decode(bins))[1]
+        text_1L = self.layout.text_ids(self.text.encode(observation.instruction))[None].to(self.device)
+        objects_O = self.see(text_1L, codes_N[None], proprio_P[None])[0]
+        ids = self.layout.state_ids(codes_N, self.proprio.encode(torch.cat([proprio_P, objects_O])))
+        self._write(cache, torch.cat([before_1LD, self.backbone.embed(ids[None]) + condition_1D[:, None]], 1))
+        return codes_N, proprio_P, objects_O
+
+    def see(self, text_BL: torch.Tensor, codes_BN: torch.Tensor, proprio_BP: torch.Tensor) -> torch.Tensor:
+        """Where the things are that the task is about: float32 [B, O], O = 0 for a model that knows of none.
+
+        Args:
+            text_BL: text segments of the instructions, ids.
+            codes_BN: frame codes.
+            proprio_BP: in the units of the environment.
+        """
+        unseen = proprio_BP.new_zeros(len(proprio_BP), len(self.config.objects))
+        if not self.config.objects:
+            return unseen
+        bins_BP = self.proprio.encode(torch.cat([proprio_BP, unseen], 1))[:, : len(self.config.proprio)]
+        seen = expected_bin(glance(self.backbone, self.layout, text_BL, codes_BN, bins_BP))
+        return self._split(self.proprio.decode(torch.cat([bins_BP, seen], 1)))[1]
 
     def _split(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Proprio [..., P] and objects [..., O] of the numbers in a state."""

@@ -11,10 +11,13 @@ import torch.nn.functional as F
 
 from emu_embodied.data.batches import encode_dataset
 from emu_embodied.data.episodes import EpisodeStore
+from emu_embodied.decode.glance import glance
 from emu_embodied.decode.grammar import expected_bin
 from emu_embodied.tokens.sequence import MASKED
-from emu_embodied.train.pretrain import train_world
-from emu_embodied.train.windows import misjudged, perception_loss, window_tokens
+from emu_embodied.train.glances import perceived_error, with_glances
+from emu_embodied.train.loop import LossOutput
+from emu_embodied.train.pretrain import WorldData, prepare_data, train_world
+from emu_embodied.train.windows import misjudged, window_tokens
 from emu_embodied.world_model import WorldModel
 from tests import tiny
 
@@ -28,25 +31,27 @@ def world() -> WorldModel:
 
 
 def read_plainly(world: WorldModel, observation) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers and ids of a first state, one slot after another, everything computed anew for each."""
+    """Numbers of a state, each from everything before its slot, none of them shown; and the ids with them."""
     layout, backbone = world.layout, world.backbone
-    span = layout.vocabulary.state
+    span, text = layout.vocabulary.state, layout.text_ids(world.text.encode(observation.instruction))
     known = world.proprio.encode(torch.cat([torch.tensor(observation.proprio), torch.zeros(OBJECTS)]))
-    text = layout.text_ids(world.text.encode(observation.instruction))
-    ids = torch.cat([text, layout.state_ids(world.encode_frames(observation.frames), known)])
+    codes = world.encode_frames(observation.frames)
+    hidden_ids = torch.cat(
+        [text, layout.state_ids(codes, torch.cat([known[:KNOWN], known.new_full((OBJECTS,), MASKED)]))]
+    )
     numbers = torch.zeros(KNOWN + OBJECTS)
     for i, slot in enumerate(layout.proprio_slots.tolist()):
-        if i < KNOWN:
-            continue
-        place = layout.text_tokens + slot
-        hidden = backbone.core(backbone.embed(ids[None, :place]), torch.arange(place), mask=None)
-        numbers[i] = expected_bin(backbone.head(hidden[0, -1], slice(span.start, span.stop)))
-        ids[place] = span.ids(numbers[i].round().long())
-    return world.proprio.decode(numbers)[KNOWN:], ids
+        if i >= KNOWN:
+            place = layout.text_tokens + slot
+            hidden = backbone.core(backbone.embed(hidden_ids[None, :place]), torch.arange(place), mask=None)
+            numbers[i] = expected_bin(backbone.head(hidden[0, -1], slice(span.start, span.stop)))
+    objects = world.proprio.decode(numbers)[KNOWN:]
+    shown = world.proprio.encode(torch.cat([torch.tensor(observation.proprio), objects]))
+    return objects, torch.cat([text, layout.state_ids(codes, shown)])
 
 
 @torch.inference_mode()
-def test_a_frame_is_read_one_number_after_another(world):
+def test_a_frame_is_read_without_showing_what_is_asked(world):
     observation = tiny.observation(EPISODE, 0)
     belief = world.observe([observation])
     numbers, ids = read_plainly(world, observation)
@@ -85,10 +90,14 @@ def test_what_is_written_down_changes_what_is_foretold(world):
 
 
 @pytest.fixture(scope="module")
-def windows(world, tmp_path_factory):
+def tokens(world, tmp_path_factory):
     store = tiny.make_store(tmp_path_factory.mktemp("data") / "dots")
     cache = tmp_path_factory.mktemp("codes") / "codes.safetensors"
-    tokens = encode_dataset(store, world.frames, tiny.CAMERAS, cache, objects=True)
+    return encode_dataset(store, world.frames, tiny.CAMERAS, cache, objects=True)
+
+
+@pytest.fixture(scope="module")
+def windows(world, tokens):
     texts = torch.stack([world.layout.text_ids(world.text.encode(i)) for i in tokens.instructions])
     return tokens.sample(6, 3, texts, torch.Generator().manual_seed(0))
 
@@ -98,50 +107,55 @@ def test_windows_show_the_objects_misjudged_and_ask_for_the_truth(world, windows
     shown = misjudged(true_BTP, world, 4.0, torch.Generator().manual_seed(1))
     assert torch.equal(shown[..., :KNOWN], true_BTP[..., :KNOWN])
     assert not torch.equal(shown[..., KNOWN:], true_BTP[..., KNOWN:])
-    objects = shown[..., KNOWN:]
-    hidden_B = (objects == MASKED).flatten(1).all(1)
-    assert 0 < int(hidden_B.sum()) < len(objects) and bool((objects[~hidden_B] >= 0).all())
-    assert shown.max() < world.config.state_bins
+    assert shown.min() >= 0 and shown.max() < world.config.state_bins
     window = window_tokens(world, windows, 0.0, torch.Generator().manual_seed(1), object_noise=4.0)
-    assert torch.equal(window.seen_BO, true_BTP[:, 0, KNOWN:])
     assert torch.equal(window.targets.proprio_MP, true_BTP[:, 1:].flatten(0, 1))
     assert not torch.equal(window.before.proprio, true_BTP[:, :-1])
 
 
 def test_errors_have_the_spread_that_was_asked_for(world):
     bins = torch.full((4000, 3, KNOWN + OBJECTS), world.config.state_bins // 2)
-    shown = misjudged(bins, world, 1.5, torch.Generator().manual_seed(0))[..., KNOWN:]
-    shown = shown[(shown != MASKED).flatten(1).all(1)]
-    assert 0.45 < len(shown) / len(bins) < 0.55
-    error = (shown - world.config.state_bins // 2).float()
+    error = (misjudged(bins, world, 1.5, torch.Generator().manual_seed(0)) - bins)[..., KNOWN:].float()
     # The deviation is U(0, 1.5): its mean square is 1.5^2 / 3; rounding to bins adds up to 1/12.
     assert 0.75 <= float(error.var()) <= 0.75 + 1 / 12 + 0.05
     lasting = (error[:, 0] * error[:, 1]).mean()
     assert 0.25 <= float(lasting) <= 0.5
 
 
-def test_perception_is_scored_in_the_first_state(world, windows):
-    window = window_tokens(world, windows, 0.0, torch.Generator().manual_seed(1))
-    config = tiny.TRAINING.weights
-    hidden = world.backbone.core(window.embeds_BLD, torch.arange(window.embeds_BLD.shape[1]), mask=None)
-    span, start = world.layout.vocabulary.state, world.layout.state_offset(0)
-    total = 0.0
-    for i in range(OBJECTS):
-        at = start + int(world.layout.proprio_slots[KNOWN + i]) - 1
-        logits = world.backbone.head(hidden[:, at], slice(span.start, span.stop))
-        soft = torch.softmax(
-            -0.5 * ((torch.arange(span.size) - window.seen_BO[:, i, None]) / config.smoothing) ** 2, -1
-        )
-        total += float(F.cross_entropy(logits, soft)) / OBJECTS
-    assert float(perception_loss(world, hidden, window, config)) == pytest.approx(total, rel=1e-4)
+def data_of(world: WorldModel, tokens) -> WorldData:
+    return prepare_data(world, tokens, tiny.TRAINING.held_out)
 
 
-def test_a_model_without_objects_scores_nothing(windows):
+def test_glances_cost_what_the_pictures_show(world, tokens):
+    data, config = data_of(world, tokens), replace(tiny.TRAINING, glances=3, context_noise=0.0)
+    nothing = LossOutput(torch.zeros(()), {}, 7)
+    found = with_glances(nothing, world, data, config, torch.Generator().manual_seed(2))
+    batch = data.train.sample(3, 1, data.text_train_EL, torch.Generator().manual_seed(2))
+    bins = world.proprio.encode(batch.proprio_BTP[:, 0])
+    logits = glance(world.backbone, world.layout, batch.text_BL, batch.codes_BTN[:, 0], bins[:, :KNOWN])
+    away = (torch.arange(logits.shape[-1]) - bins[:, KNOWN:, None]) / config.weights.smoothing
+    soft = torch.softmax(-0.5 * away**2, -1)
+    expected = F.cross_entropy(logits.flatten(0, 1), soft.flatten(0, 1))
+    assert float(found.loss) == pytest.approx(config.weights.perception * float(expected), rel=1e-4)
+    assert found.items > 7 and "perception" in found.logs
+    assert with_glances(nothing, world, data, replace(config, glances=0), torch.Generator()) is nothing
+
+
+def test_the_error_of_reading_is_told_field_by_field(world, tokens):
+    found = perceived_error(world, data_of(world, tokens))
+    assert list(found) == ["perceived/dot_x", "perceived/dot_y"]
+    assert all(0 < value < 1 for value in found.values())
+    assert found == perceived_error(world, data_of(world, tokens))
+
+
+def test_a_model_without_objects_glances_at_nothing(tokens, windows):
     world = tiny.make_world()
     plain = replace(windows, proprio_BTP=windows.proprio_BTP[..., :KNOWN])
     window = window_tokens(world, plain, 0.0, torch.Generator().manual_seed(1), object_noise=4.0)
     assert torch.equal(window.before.proprio, world.proprio.encode(plain.proprio_BTP[:, :-1]))
-    assert perception_loss(world, window.embeds_BLD, window, tiny.TRAINING.weights) == 0
+    data, nothing = data_of(world, tokens), LossOutput(torch.zeros(()), {}, 7)
+    assert with_glances(nothing, world, data, tiny.TRAINING, torch.Generator()) is nothing
+    assert perceived_error(world, data) == {}
 
 
 def test_training_learns_those_of_the_dataset(tmp_path):
@@ -150,7 +164,7 @@ def test_training_learns_those_of_the_dataset(tmp_path):
     trained = WorldModel.from_pretrained(tmp_path / "out")
     assert [field.name for field in trained.config.objects] == ["dot_x", "dot_y"]
     lines = (tmp_path / "out" / "train_world.jsonl").read_text()
-    assert "perception" in lines and "object_mae" in lines
+    assert all(name in lines for name in ("perception", "object_mae", "perceived/dot_x"))
 
 
 def test_datasets_recorded_before_there_were_objects_are_read(tmp_path):

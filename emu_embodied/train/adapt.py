@@ -17,6 +17,7 @@ from emu_embodied.data.subgoals import Subtasks
 from emu_embodied.decode.paths import StatePath
 from emu_embodied.hardware import pick_device
 from emu_embodied.train.evaluation import Judge
+from emu_embodied.train.glances import with_glances
 from emu_embodied.train.loop import LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import state_loss
 from emu_embodied.train.meta import write_training_meta
@@ -24,7 +25,7 @@ from emu_embodied.train.noise import draw_copies, noisy_logits, sample_times
 from emu_embodied.train.pretrain import WorldTraining, fitted_fields, prepare_data
 from emu_embodied.train.rollout import own_samples, self_fed, with_own_samples
 from emu_embodied.train.subgoals import SubgoalTraining
-from emu_embodied.train.windows import action_loss, perception_loss
+from emu_embodied.train.windows import action_loss
 from emu_embodied.world_config import WorldModelConfig
 from emu_embodied.world_files import official_text
 from emu_embodied.world_model import WorldModel
@@ -93,7 +94,8 @@ def train_dida(
         batch = data.train.sample(windows, states, data.text_train_EL, generator).to(adapted.device)
         if pool is not None:
             batch = with_own_samples(batch, pool.to(adapted.device), generator)
-        return subgoals.mix(dida_loss(adapted, batch, config, noises, generator), generator, noises)
+        output = subgoals.mix(dida_loss(adapted, batch, config, noises, generator), generator, noises)
+        return with_glances(output, adapted, data, config, generator)
 
     pool = None
     if config.distilled_windows:
@@ -150,11 +152,10 @@ def dida_loss(
     clean, clean_logs = state_loss(views.clean.at(true_M), window.targets.at(true_M), config.weights)
     imitate_B = batch.imitate_B & (torch.arange(shape[0], device=world.device) >= fed)
     imitation = action_loss(world.backbone, world.layout, views.hidden_BLD, window, imitate_B)
-    perception = perception_loss(world, views.hidden_BLD, window, config.weights)
     logs |= {f"clean/{name}": value for name, value in clean_logs.items()}
     return LossOutput(
-        noisy + clean + config.weights.action * imitation + config.weights.proprio * perception,
-        {**logs, "action": imitation.detach(), "perception": perception.detach()},
+        noisy + clean + config.weights.action * imitation,
+        {**logs, "action": imitation.detach()},
         window.embeds_BLD[..., 0].numel() + times.numel() * world.layout.state_tokens,
     )
 

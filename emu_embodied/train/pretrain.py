@@ -17,12 +17,13 @@ from emu_embodied.records import Field
 from emu_embodied.tokens.frames import IBQFrameTokenizer
 from emu_embodied.tokens.states import ProprioTokenizer
 from emu_embodied.train.evaluation import Judge
+from emu_embodied.train.glances import with_glances
 from emu_embodied.train.loop import LoopConfig, LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import LossWeights, state_loss
 from emu_embodied.train.meta import write_training_meta
 from emu_embodied.train.state import has_state
 from emu_embodied.train.subgoals import SubgoalTraining
-from emu_embodied.train.windows import action_loss, clean_logits, perception_loss, window_tokens
+from emu_embodied.train.windows import action_loss, clean_logits, window_tokens
 from emu_embodied.world_config import WorldModelConfig
 from emu_embodied.world_model import WorldModel
 
@@ -46,6 +47,9 @@ class WorldTraining:
     object_noise: float = 4.0
     """Largest standard deviation of what a window is shown of the objects' places [bins]: in use they are the model's
     own reading of a frame, not the truth."""
+    glances: int = 16
+    """Single pictures in every batch from which the objects are learned to be read; none where a dataset has no
+    objects."""
     held_out: float = 0.05
     """Share of episodes kept for evaluation."""
     noise_shift: float = 3.0
@@ -80,7 +84,7 @@ class WorldTraining:
         Raises:
             ValueError: naming the field and its range.
         """
-        for name in ("own_steps", "distilled_windows"):
+        for name in ("own_steps", "distilled_windows", "glances"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, it has to be at least 0")
         for name in ("own_share", "source_share", "context_noise"):
@@ -219,7 +223,8 @@ def train_world(
 
     def loss_fn(step: int, generator: torch.Generator) -> LossOutput:
         batch = data.train.sample(windows, preset.max_states, data.text_train_EL, generator).to(world.device)
-        return subgoals.mix(next_token_loss(world, batch, config, generator), generator)
+        output = subgoals.mix(next_token_loss(world, batch, config, generator), generator)
+        return with_glances(output, world, data, config, generator)
 
     def save(step: int) -> None:
         world.save_pretrained(out)
@@ -256,10 +261,9 @@ def next_token_loss(
     found = clean_logits(world.backbone, world.layout, hidden, window.starts)
     loss, logs = state_loss(found, window.targets, config.weights)
     imitation = action_loss(world.backbone, world.layout, hidden, window, batch.imitate_B)
-    perception = perception_loss(world, hidden, window, config.weights)
     return LossOutput(
-        loss + config.weights.action * imitation + config.weights.proprio * perception,
-        {**logs, "action": imitation.detach(), "perception": perception.detach()},
+        loss + config.weights.action * imitation,
+        {**logs, "action": imitation.detach()},
         window.embeds_BLD[..., 0].numel(),
     )
 

@@ -169,7 +169,6 @@ def subgoal_tokens(
         condition_BTD=embeds.new_zeros(rows, steps, embeds.shape[-1]),
         action_bins_BTA=batch.subtasks_BTL.new_zeros(rows, steps, 0),
         before=StateTokens(context_BTN[:, :-1], proprio_BTP[:, :-1]),
-        seen_BO=proprio_BTP[:, 0, len(world.config.proprio) :],
         targets=targets,
     )
 

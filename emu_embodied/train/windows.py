@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from emu_embodied.data.batches import WindowBatch
 from emu_embodied.decode.grammar import StateLogits, state_logits
 from emu_embodied.models.transformer import EmuForCausalLM
-from emu_embodied.tokens.sequence import MASKED, SequenceLayout, StateTokens
-from emu_embodied.train.losses import LossWeights, StateTargets, ordinal_cross_entropy
+from emu_embodied.tokens.sequence import SequenceLayout, StateTokens
+from emu_embodied.train.losses import StateTargets
 from emu_embodied.world_model import WorldModel
 
 
@@ -26,7 +26,6 @@ class WindowTokens:
         condition_BTD: continuous embedding of the T - 1 action blocks.
         action_bins_BTA: int64 [B, T - 1, A].
         before: tokens of the states 0 .. T - 2 as the clean stream shows them, [B, T - 1, ...].
-        seen_BO: int64 bins of the objects in the first state, whatever the clean stream shows of them.
         targets: of the states 1 .. T - 1, B * (T - 1) of them, window-major.
     """
 
@@ -35,7 +34,6 @@ class WindowTokens:
     condition_BTD: torch.Tensor
     action_bins_BTA: torch.Tensor
     before: StateTokens
-    seen_BO: torch.Tensor
     targets: StateTargets
 
 
@@ -81,9 +79,8 @@ def window_tokens(
         (batch.codes_BTN[:, 1:] != batch.codes_BTN[:, :-1]).flatten(0, 1),
     )
     before = StateTokens(shown.codes[:, :-1], shown.proprio[:, :-1])
-    seen_BO = proprio_BTP[:, 0, len(world.config.proprio) :]
     starts = tuple(layout.state_offset(t) for t in range(1, batch.codes_BTN.shape[1]))
-    return WindowTokens(embeds, starts, condition_BTD, action_bins, before, seen_BO, targets)
+    return WindowTokens(embeds, starts, condition_BTD, action_bins, before, targets)
 
 
 def disturbed(codes_BTN: torch.Tensor, codebook: int, context_noise: float, generator: torch.Generator) -> torch.Tensor:
@@ -103,8 +100,7 @@ def misjudged(
     """Bins as a model reads them in training: those of objects are off, as its own reading of a frame would be.
 
     A window's error has a standard deviation drawn from U(0, object_noise) [bins]; half of its variance is the same in
-    all states, as one who misjudges a place misjudges it again. Half of the windows show no objects at all: where
-    those of the state before stand there, they are copied, and nothing is learned of how frames show them.
+    all states, as one who misjudges a place misjudges it again.
     """
     rows, states = proprio_BTP.shape[:2]
     objects = len(world.config.objects)
@@ -115,9 +111,7 @@ def misjudged(
     passing = torch.randn(rows, states, objects, generator=generator)
     error_BTO = (spread * (lasting + passing)).round().long().to(proprio_BTP.device)
     known_BTP, told_BTO = proprio_BTP.split([len(world.config.proprio), objects], -1)
-    seen_B11 = (torch.rand(rows, 1, 1, generator=generator) < 0.5).to(proprio_BTP.device)
-    shown_BTO = torch.where(seen_B11, (told_BTO + error_BTO).clamp(0, world.config.state_bins - 1), MASKED)
-    return torch.cat([known_BTP, shown_BTO], -1)
+    return torch.cat([known_BTP, (told_BTO + error_BTO).clamp(0, world.config.state_bins - 1)], -1)
 
 
 def clean_logits(
@@ -126,22 +120,6 @@ def clean_logits(
     """Logits of the states that begin at ``starts`` of a clean stream, window-major."""
     states_BTLD = torch.stack([hidden_BLD[:, start : start + layout.state_tokens] for start in starts], 1)
     return state_logits(backbone, layout, states_BTLD.flatten(0, 1))
-
-
-def perception_loss(
-    world: WorldModel, hidden_BLD: torch.Tensor, window: WindowTokens, weights: LossWeights
-) -> torch.Tensor:
-    """Mean cross-entropy of where the first state's frame shows the objects (0 for a model that knows of none).
-
-    Later states are scored with everything else that leads to them.
-    """
-    if not window.seen_BO.shape[1]:
-        return hidden_BLD.new_zeros(())
-    layout = world.layout
-    slots = layout.state_offset(0) + layout.proprio_slots[len(world.config.proprio) :]
-    ids = layout.vocabulary.state
-    logits = world.backbone.head(hidden_BLD[:, slots - 1], slice(ids.start, ids.stop))
-    return ordinal_cross_entropy(logits, window.seen_BO, weights.smoothing)
 
 
 def action_loss(

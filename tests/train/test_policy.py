@@ -179,6 +179,8 @@ def test_the_world_role_is_trained_beside_it(mixed, tmp_path):
 def test_a_model_that_sees_objects_learns_with_them(experts, tmp_path):
     out = tmp_path / "out"
     train_policy(experts, tiny.make_world(objects=tiny.OBJECTS), CONFIG, out, resume=False)
+    figures = json.loads((out / "meta.json").read_text())["policy"]["extra"]["figures"]
+    assert "world/perception" in figures  # what the policy is shown in use stays trained beside it
     spec = PolicySpec(name="token", checkpoint=str(out))
     assert len(run_episodes("Dot-v0", spec.build, seeds=[0], make_simulator=make_table)) == 1
 

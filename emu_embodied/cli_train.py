@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg, subcommand
 
@@ -81,7 +81,8 @@ class TrainTokenizer(_Stage):
         _, result = train_tokenizer(store, row.ibq, row.cameras, config, self.out, resume=self.resume)
         return self._report(
             result,
-            f"tokenizer in {self.out / 'tokenizer'}; next: emu-embodied train world --data {self.data} --out {self.out}",
+            f"tokenizer in {self.out / 'tokenizer'}; next: "
+            f"emu-embodied train world --data {self.data} --out {self.out}",
         )
 
 
@@ -228,7 +229,7 @@ class TrainPolicy(_Stage):
         if folder.resolve() == self.out.resolve():
             raise ValueError(f"--init and --out are the same folder {self.out}: give another --out")
         default = PolicyTraining()
-        given = {
+        given: dict[str, Any] = {
             "batch": self.batch,
             "context_states": self.context_states,
             "world_windows": self.world_windows,

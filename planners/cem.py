@@ -66,7 +66,7 @@ class ICEMConfig(CEMConfig):
     """``CEM`` as iCEM: coloured noise, elites that outlive the decision, fewer candidates in later iterations."""
 
     beta: float | None = 1.0
-    """See ``SearchConfig``; 0.25 to 4 in the paper, by task. Over the few knots of a plan in blocks 2 drifts too much."""
+    """See ``SearchConfig``; 0.25 to 4 in the paper, by task. Over a plan's few knots 2 drifts too much."""
     carried: int = 3
     """See ``SearchConfig``; the paper carries 0.3 of its 10 elites."""
     decay: float = 1.25

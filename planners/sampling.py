@@ -200,7 +200,8 @@ class Search:
 
     def noise(self, count: int) -> torch.Tensor:
         """Noise [S, M, A] of unit variance for so many candidates."""
-        return self.config.noise(count, *self.start_MA.shape, self._generator)
+        knots, action_dim = self.start_MA.shape
+        return self.config.noise(count, knots, action_dim, self._generator)
 
     def candidates(self, drawn_SMA: torch.Tensor, centre_MA: torch.Tensor) -> torch.Tensor:
         """What an iteration tries [S, M, A]: what was drawn, clipped to the box, the first replaced by the centre.

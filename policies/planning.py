@@ -200,9 +200,7 @@ class GoalOfEpisode:
         if self.objects_weight:
             seen_O = torch.from_numpy(goal.objects) if model is None else model.observe([goal]).objects_O
             if not len(seen_O):
-                raise ValueError(
-                    "the checkpoint knows of no objects: train on data that tells them, or plan for goal"
-                )
+                raise ValueError("the checkpoint knows of no objects: train on data that tells them, or plan for goal")
             terms.append((self.objects_weight, GoalObjects(seen_O.cpu(), self.simulator.object_fields)))
         places = {f.name: float(v) for f, v in zip(fields, goal.proprio, strict=True) if f.unit in ("m", "px")}
         if places:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from emu_embodied.acting import Actor, Situations
+from emu_embodied.acting import ActionSample, Actor, Situations
 from emu_embodied.tokens.sequence import StateTokens
 from emu_embodied.train.adapt import dida_loss
 from emu_embodied.train.grpo import group_advantages, has_signal
@@ -101,14 +101,15 @@ def dream(
         generator: for all draws.
     """
     now = first
-    seen, bins, log_probs, actions, rewards, successes = [], [], [], [], [reward_R.to(imaginer.device)], []
+    seen: list[Situations] = []
+    drawn_H: list[ActionSample] = []
+    rewards, successes = [reward_R.to(imaginer.device)], []
     for _ in range(config.horizon):
         drawn = actor.act(now, generator, temperature)
         before = StateTokens(now.codes_BTN[:, -1].long(), now.proprio_BTP[:, -1].long())
         after = next_states(imaginer, imaginer.decoder, now.text_BL.long(), before, drawn.actions_BKA, generator)
         seen.append(now)
-        for kept, value in ((bins, drawn.bins_BA), (log_probs, drawn.log_probs_BA), (actions, drawn.actions_BKA)):
-            kept.append(value)
+        drawn_H.append(drawn)
         rewards.append(after.reward_M)
         successes.append(after.success_M)
         now = actor.follow_tokens(now, drawn.actions_BKA, after.tokens.codes, after.tokens.proprio)
@@ -119,7 +120,10 @@ def dream(
     order = torch.arange(num * horizon).view(horizon, num).T.flatten()  # from block by block to rollout by rollout
     return Dream(
         Situations.cat(seen).rows(order),
-        *(torch.stack(parts, 1) for parts in (bins, log_probs, actions, rewards)),
+        torch.stack([drawn.bins_BA for drawn in drawn_H], 1),
+        torch.stack([drawn.log_probs_BA for drawn in drawn_H], 1),
+        torch.stack([drawn.actions_BKA for drawn in drawn_H], 1),
+        torch.stack(rewards, 1),
         success_RH,
         counts_RH,
     )

@@ -48,7 +48,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self.param_groups = groups
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # there is no loss to evaluate anew
         """One step of both."""
         for part in self.parts:
             part.step()

@@ -12,7 +12,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -361,7 +361,12 @@ def _work(pipe: Connection, simulators: SimulatorFactory, last_frames: bool) -> 
                 if what == "end":
                     stage.end()
                 else:
-                    answer = {"begin": stage.begin, "play": stage.play, "fork": stage.fork}[what](items)
+                    does: dict[str, Callable[[Any], Any]] = {
+                        "begin": stage.begin,
+                        "play": stage.play,
+                        "fork": stage.fork,
+                    }
+                    answer = does[what](items)
             except Exception as error:
                 refused = isinstance(error, ValueError | ImportError) and what == "begin"
                 failure = traceback.format_exc(), str(error) if refused else None

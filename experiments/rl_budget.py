@@ -47,7 +47,7 @@ from emu_embodied.train.teacher_loop import MakeTeacher
 from emu_embodied.world_model import WorldModel
 
 METHODS: dict[str, dict[str, Any]] = {
-    "policy": {"loop": "policy", "config": {"groups": 8, "branch": "block"}},
+    "policy": {"loop": "policy", "config": {"groups": 8}},
     "imagined": {"loop": "imagined", "config": {"groups": 16}},
     "planner": {"loop": "planner", "config": {"groups": 2}, "teacher": "true"},
     "cloning": {"loop": "planner", "config": {"groups": 2}, "teacher": "scripted"},
@@ -135,11 +135,13 @@ def run_cell(budget: Budget, method: str, seed: int, rollouts: int) -> Cell:
     imaginer = WorldModel.from_pretrained(budget.world or budget.checkpoint) if row["loop"] == "imagined" else None
     note = ""
     try:
-        train_rl(
+        result = train_rl(
             settings, world, simulators, out, resume=True, start=str(budget.checkpoint), imaginer=imaginer,
             make_teacher=_teacher(teacher), make_actor=ToldActor if budget.told else Actor,
             on_line=partial(_say, method, seed),
         )  # fmt: skip
+        if result.stopped == "signal":
+            raise KeyboardInterrupt  # its cell is finished by the next call
     except TrainingFailed as error:
         note = str(error)
         kept = out if (out / "world.json").exists() else budget.checkpoint

@@ -12,7 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -245,7 +245,7 @@ def _measured(row: ProtocolRow, results: Mapping[int, EpisodeResult], protocol: 
     """The row of these episodes."""
     seeds = [seed for seed in range(run.seed, run.seed + row.asked) if seed in results]
     if not seeds:
-        return row
+        return row if row.note else replace(row, note=f"{_NOT_RUN}: no time was left")
     found = [results[seed] for seed in seeds]
     decisions = sum(result.decisions for result in found)
     sets = [

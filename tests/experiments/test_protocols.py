@@ -177,6 +177,8 @@ def test_an_interrupted_run_leaves_a_table(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_protocol(fast, [replace(QUICK[0], make=impatient)], Run(), path, META)
     assert [(row.episodes, row.asked) for row in read_rows(path)] == [(2, 8)]
+    [_, late] = run_protocol(fast, QUICK[:2], Run(max_minutes=1e-9), path, META)
+    assert (late.control, late.episodes, late.note) == ("random", 0, "not run: no time was left")
 
 
 def test_workers_change_nothing_but_the_clock(tmp_path):

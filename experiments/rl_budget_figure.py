@@ -47,7 +47,8 @@ def draw_budget(cells: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]
     figure = Figure(figsize=(8, 4.5), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for (method, _), points in _by_run(curves).items():
+    own = [point for point in curves if point["method"] in ("policy", "imagined")]  # others log their teacher's success
+    for (method, _), points in _by_run(own).items():
         rollouts = np.array([point["rollouts"] for point in points])
         success = np.array([point["success"] for point in points])
         width = max(1, min(4, len(success)))
@@ -60,8 +61,8 @@ def draw_budget(cells: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]
             continue
         places, rates, spread = [], [], []
         for budget in [0, *budgets] if base else budgets:
-            own = base if budget == 0 else [c for c in cells if (c["method"], c["rollouts"]) == (method, budget)]
-            won, total = sum(c["solved"] for c in own), sum(c["episodes"] for c in own)
+            chosen = base if budget == 0 else [c for c in cells if (c["method"], c["rollouts"]) == (method, budget)]
+            won, total = sum(c["solved"] for c in chosen), sum(c["episodes"] for c in chosen)
             low, high = wilson(won, total)
             places.append(budget)
             rates.append(100 * won / total)

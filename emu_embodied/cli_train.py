@@ -20,7 +20,8 @@ class _Stage:
     """Flags that the training stages share."""
 
     preset: str = "nano"
-    """Size: nano (a laptop's CPU), small (one GPU, an hour), base (one GPU, a day); emu3.5 is only adapted."""
+    """Size: nano (a laptop's CPU; pusht and metaworld are nano with those suites' cameras and windows), small (one GPU,
+    an hour), base (one GPU, a day); emu3.5 is only adapted."""
     data: Path
     """Dataset folder that `collect` made."""
     out: Path

@@ -101,7 +101,7 @@ def test_documented_calls_are_understood(words, monkeypatch):
     [
         (["docter"], "unknown subcommand 'docter'; did you mean doctor?"),
         (["train", "wrold"], "unknown subcommand 'wrold'; did you mean world?"),
-        (["fly"], "known: bench, collect, doctor, explore, generate, imagine, plan, train"),
+        (["fly"], "known: bench, card, collect, doctor, explore, generate, imagine, inspect, plan, rl, train"),
         (["plan", "--env", "PandaPush-v0", "--sed", "3"], "unknown flag --sed; did you mean --seed?"),
         (["train", "world", "--max_minuts=3"], "unknown flag --max_minuts; did you mean --max-minutes?"),
         (["doctor", "--jsn"], "unknown flag --jsn; did you mean --json?"),

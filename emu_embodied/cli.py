@@ -100,6 +100,7 @@ class Collect:
             workers=self.workers,
             seed=self.seed,
             mixture=_shares(self.mixture),
+            variant="" if self.pairs == "all" else f"pairs {self.pairs}",
         )
         cameras: dict[str, Any] = (
             {"cameras": tuple(name.strip() for name in self.cameras.split(","))} if self.cameras else {}

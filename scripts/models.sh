@@ -31,11 +31,12 @@ nano() {
     data=$out/data first=$out/first final=$out/nano
     run data collect --env PandaReach-v0,PandaPush-v0 --episodes 3600 --out "$data" --seed 0
     run tokenizer train tokenizer --data "$data" --out "$first" --batch 16 --steps 30000 --max-minutes 12 --resume
-    run world train world --data "$data" --out "$first" --batch 8 --learning-rate 1.5e-3 --steps 20000 --max-minutes 8 --resume
-    run dida train dida --data "$data" --out "$first" --batch 8 --learning-rate 1.5e-3 --steps 20000 --max-minutes 85 \
-        --subgoal-share 0 --resume
+    run world train world --data "$data" --out "$first" --batch 8 --learning-rate 1.5e-3 --optimizer adamw --steps 20000 \
+        --max-minutes 8 --resume
+    run dida train dida --data "$data" --out "$first" --batch 8 --learning-rate 1.5e-3 --optimizer adamw --steps 20000 \
+        --max-minutes 85 --subgoal-share 0 --resume
     run more train dida --data "$data" --init "$first" --out "$final" --path uniform,metric,state_coupled,mask \
-        --subgoal-share 0.5 --batch 8 --learning-rate 1.5e-3 --steps 20000 --max-minutes 68 --resume
+        --subgoal-share 0.5 --batch 8 --learning-rate 1.5e-3 --optimizer adamw --steps 20000 --max-minutes 68 --resume
     measure "$final" PandaReach-v0 PandaPush-v0
 }
 

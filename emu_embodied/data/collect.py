@@ -55,6 +55,8 @@ class CollectConfig:
         default_factory=lambda: {"expert": 0.25, "noisy": 0.35, "random": 0.2, "play": 0.2}
     )
     """Behaviour -> share of the episodes; shares are scaled to sum to 1."""
+    variant: str = ""
+    """What else about the simulators changes what is recorded, in words; a dataset is continued only with the same."""
 
     @property
     def env_ids(self) -> tuple[str, ...]:
@@ -65,7 +67,7 @@ class CollectConfig:
         """What determines the bytes of every episode."""
         total = sum(self.mixture.values())
         mixture = {name: share / total for name, share in self.mixture.items()}
-        return {"env_ids": list(self.env_ids), "seed": self.seed, "mixture": mixture}
+        return {"env_ids": list(self.env_ids), "seed": self.seed, "mixture": mixture, "variant": self.variant}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,7 +189,7 @@ def _existing(config: CollectConfig) -> EpisodeStore | None:
         write_json(record, {"settings": config.settings(), "meta": {}})
         return store
     try:
-        settings = json.loads(record.read_text())["settings"]
+        settings = {"variant": "", **json.loads(record.read_text())["settings"]}  # older ones had no variants
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{record} is damaged ({error!r}); give another folder") from error
     clashes = [

@@ -227,3 +227,13 @@ def test_killed_run_leaves_no_workers_and_can_be_continued(tmp_path: Path, sent:
     store = collect(run, DotSimulator, {"expert": Seek}).store
     fresh = collect(dataclasses.replace(run, out=tmp_path / "fresh"), DotSimulator, {"expert": Seek}).store
     assert store.data_hash == fresh.data_hash and len(list(store)) == recorded + 3
+
+
+def test_a_dataset_goes_on_with_the_same_variant_only(tmp_path):
+    config = CollectConfig(
+        env="Dot-v0", episodes=1, out=tmp_path / "data", workers=1, mixture={"play": 1.0}, variant="pairs seen"
+    )
+    collect(config, DotSimulator, {"play": Wander})
+    assert collect(config, DotSimulator, {"play": Wander}).recorded == 0
+    with pytest.raises(ValueError, match="pairs seen"):
+        collect(dataclasses.replace(config, variant=""), DotSimulator, {"play": Wander})

@@ -22,6 +22,17 @@ _LOW, _HIGH = AGENT_RADIUS + 5.0, 512.0 - AGENT_RADIUS - 5.0
 """[px] where the disc may be sent: the inside of the walls."""
 
 
+class _Unscored(PushTEnv):  # type: ignore[misc]  # untyped
+    """The suite's environment without the reward of every step, which takes a quarter of its time: ask ``covered``."""
+
+    def _get_coverage(self) -> float:
+        return 0.0
+
+    def covered(self) -> float:
+        """Share of the outline under the block."""
+        return float(super()._get_coverage())
+
+
 @dataclass(frozen=True, slots=True)
 class _State:
     """Where everything is: agent x, y, vx, vy; block x, y, angle, vx, vy, angular velocity [px, s, rad]."""
@@ -65,7 +76,7 @@ class PushT:
     instruction = "push the t onto its outline"
 
     def __init__(self, task: str, *, image_size: int = 64) -> None:
-        self._env: Any = PushTEnv(obs_type="state", observation_width=image_size, observation_height=image_size)
+        self._env: Any = _Unscored(obs_type="state", observation_width=image_size, observation_height=image_size)
         self._state = _State((0.0,) * 4, (0.0,) * 6)
 
     def begin(self, seed: int | None, rng: np.random.Generator) -> None:
@@ -80,7 +91,7 @@ class PushT:
 
     def terms(self) -> dict[str, float]:
         """See ``World``."""
-        coverage = float(self._env._get_coverage())
+        coverage = self._env.covered()
         return {"coverage": min(max(coverage / 0.95, 0.0), 1.0), "success": float(coverage > 0.95)}
 
     def proprio(self) -> np.ndarray:

@@ -134,7 +134,7 @@ class Actor:
         """
         config, layout = self.world.config, self.world.layout
         text_BL = self._text(observations)
-        codes_BN, proprio_BP = self._tokens(text_BL, observations)
+        codes_BN, proprio_BP = self._tokens(observations)
         batch, past = len(observations), self.context_states - 1
         pad = (0, 0, past, 0)
         return Situations(
@@ -159,7 +159,7 @@ class Actor:
             ValueError: if an observation is not what the model was trained on.
         """
         text_BL = self._text(observations)
-        return self.follow_tokens(before, actions_BKA, *self._tokens(text_BL, observations), text_BL)
+        return self.follow_tokens(before, actions_BKA, *self._tokens(observations), text_BL)
 
     def follow_tokens(
         self,
@@ -245,7 +245,7 @@ class Actor:
             self._texts[told] = ids.to(self.device, _compact(self.world.layout.vocabulary.size))
         return torch.stack([self._texts[observation.instruction] for observation in observations])
 
-    def _tokens(self, text_BL: torch.Tensor, observations: Sequence[Observation]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tokens(self, observations: Sequence[Observation]) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes int64 [B, N] and bins int64 [B, P + O]; all frames go through the tokenizer together."""
         config = self.world.config
         for observation in observations:
@@ -260,9 +260,8 @@ class Actor:
             names = ", ".join(field.name for field in config.proprio)
             raise ValueError(f"proprio must be {len(config.proprio)} finite numbers ({names})")
         proprio_BP = torch.from_numpy(proprio).to(self.device)
-        with torch.no_grad():
-            seen_BO = self.world.see(text_BL.long(), codes_BN, proprio_BP)
-        return codes_BN, self.world.proprio.encode(torch.cat([proprio_BP, seen_BO], 1))
+        numbers = torch.cat([proprio_BP, self.world.see(observations)], 1)
+        return codes_BN, self.world.proprio.encode(numbers)
 
 
 def past_embeds(world: WorldModel, situations: Situations) -> torch.Tensor:

@@ -25,7 +25,7 @@ class _Stage:
     data: Path
     """Dataset folder that `collect` made."""
     out: Path
-    """Checkpoint folder. All three stages may share it; a stage that is there already needs --resume."""
+    """Checkpoint folder. The first four stages may share it; a stage that is there already needs --resume."""
     steps: int | None = None
     """Optimizer steps, over all calls; the stage's own number if left out."""
     max_minutes: float | None = None
@@ -35,7 +35,7 @@ class _Stage:
     seed: int = 0
     """Seed of weights, batches and noise."""
     batch: int | None = None
-    """Batch size (frames, or windows of states); the stage's own if left out."""
+    """Batch size (frames, states, or windows of states); the stage's own if left out."""
     learning_rate: float | None = None
     """Peak learning rate; the stage's own if left out."""
     optimizer: Literal["adamw", "muon"] | None = None
@@ -88,6 +88,31 @@ class TrainTokenizer(_Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainEye(_Stage):
+    """Stage 2, where a dataset tells where things are: pictures and an instruction to the places of what it is about.
+
+    A model that is trained with it writes these places into its token stream, foretells them, and plans by them
+    (`--objective objects`). Without it the model knows pictures only.
+    """
+
+    def run(self) -> int:
+        """Train."""
+        from emu_embodied.data.episodes import EpisodeStore
+        from emu_embodied.presets import preset
+        from emu_embodied.train.eye import EyeTraining, train_eye
+
+        row = preset(self.preset)
+        store = EpisodeStore.open(self.data)
+        config = EyeTraining()
+        config = replace(config, loop=self._loop(config.loop), batch=config.batch if self.batch is None else self.batch)
+        _, result = train_eye(store, row.cameras, row.image_size, config, self.out, resume=self.resume)
+        return self._report(
+            result,
+            f"eye in {self.out / 'eye'}; next: emu-embodied train world --data {self.data} --out {self.out}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class _WorldStage(_Stage):
     """Flags that the stages of the transformer share."""
 
@@ -111,7 +136,10 @@ class _WorldStage(_Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainWorld(_WorldStage):
-    """Stage 2: the transformer, by next token over interleaved instruction, states and actions."""
+    """Stage 3: the transformer, by next token over interleaved instruction, states and actions.
+
+    If --out holds an eye, the places that it reads are part of every state.
+    """
 
     tokenizer: Path | None = None
     """Folder of the vision tokenizer; by default the one in --out, else the shipped one of the same preset."""
@@ -123,13 +151,17 @@ class TrainWorld(_WorldStage):
         from emu_embodied.presets import preset
         from emu_embodied.tokens.frames import IBQFrameTokenizer
         from emu_embodied.train.pretrain import train_world
+        from emu_embodied.world_files import read_eye
 
         row = preset(self.preset)
         store = EpisodeStore.open(self.data)
         folder = self._tokenizer_folder()
         print(f"tokenizer: {folder}")
         frames = IBQFrameTokenizer.from_pretrained(folder)
-        result = train_world(store, row, frames, self._training(), self.out, resume=self.resume, subtasks=subtasks)
+        eye = read_eye(self.out)
+        result = train_world(
+            store, row, frames, self._training(), self.out, resume=self.resume, subtasks=subtasks, eye=eye
+        )
         return self._report(result, f"world model in {self.out}; next: emu-embodied train dida --out {self.out}")
 
     def _tokenizer_folder(self) -> Path:
@@ -148,7 +180,10 @@ class TrainWorld(_WorldStage):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainDida(_WorldStage):
-    """Stage 3: discrete diffusion adaptation, after which a state is predicted in parallel."""
+    """Stage 4: discrete diffusion adaptation, after which a state is predicted in parallel.
+
+    A model without an eye gets that of --out, if there is one.
+    """
 
     init: str | None = None
     """Checkpoint to adapt: a folder or a shipped name; by default the one in --out, else the shipped one. One that is
@@ -170,6 +205,7 @@ class TrainDida(_WorldStage):
         from emu_embodied.train.adapt import train_dida
         from emu_embodied.train.meta import inherit_meta
         from emu_embodied.world_config import checkpoint_folder
+        from emu_embodied.world_files import read_eye
         from emu_embodied.world_model import WorldModel
 
         preset(self.preset)
@@ -184,7 +220,9 @@ class TrainDida(_WorldStage):
         print(f"adapting: {source}, noise: {', '.join(paths)}")
         inherit_meta(checkpoint_folder(source), self.out)
         config = replace(self._training(), own_steps=self.own_steps, distilled_windows=self.distilled_windows)
-        result = train_dida(store, world, config, self.out, resume=self.resume, paths=paths, subtasks=subtasks)
+        result = train_dida(
+            store, world, config, self.out, resume=self.resume, paths=paths, subtasks=subtasks, eye=read_eye(self.out)
+        )
         return self._report(
             result, f"adapted world model in {self.out}; next: emu-embodied plan --checkpoint {self.out}"
         )
@@ -192,7 +230,7 @@ class TrainDida(_WorldStage):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPolicy(_Stage):
-    """Stage 4: the policy role, by cloning the experts of a dataset; what it gives acts with `bench --policy token`.
+    """Stage 5: the policy role, by cloning the experts of a dataset; what it gives acts with `bench --policy token`.
 
     The world role is kept alive beside it (--world-weight), so that one checkpoint acts and imagines.
     """
@@ -259,10 +297,11 @@ def _names(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train one stage: tokenizer, then world, then dida, then policy. The first three may share one --out."""
+    """Train one stage: tokenizer, eye, world, dida, policy, in this order. The first four may share one --out."""
 
     stage: (
         Annotated[TrainTokenizer, subcommand("tokenizer")]
+        | Annotated[TrainEye, subcommand("eye")]
         | Annotated[TrainWorld, subcommand("world")]
         | Annotated[TrainDida, subcommand("dida")]
         | Annotated[TrainPolicy, subcommand("policy")]

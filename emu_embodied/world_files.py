@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from emu_embodied.models.eye import Eye
 from emu_embodied.models.ibq import IBQ
 from emu_embodied.models.loading import placed, quietly
 from emu_embodied.models.transformer import EmuForCausalLM
@@ -14,7 +15,7 @@ from emu_embodied.tokens.frames import IBQFrameTokenizer
 from emu_embodied.tokens.text import ByteTokenizer, TextTokenizer
 from emu_embodied.world_config import WorldModelConfig
 
-Pieces = tuple[EmuForCausalLM, IBQFrameTokenizer, TextTokenizer | None]
+Pieces = tuple[EmuForCausalLM, IBQFrameTokenizer, TextTokenizer | None, Eye | None]
 
 
 def read_pieces(
@@ -34,21 +35,43 @@ def read_pieces(
     with quietly():
         loaded = placed(EmuForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **backbone}), device)
     frames = IBQFrameTokenizer(IBQ.from_pretrained(folder / "tokenizer", device))
-    return loaded, frames, TextTokenizer.from_pretrained(folder) if tokens == "emu3.5" else None
+    text = TextTokenizer.from_pretrained(folder) if tokens == "emu3.5" else None
+    return loaded, frames, text, read_eye(folder, device)
 
 
-def write_pieces(folder: Path, backbone: EmuForCausalLM, frames: IBQFrameTokenizer, text: TextTokenizer | None) -> None:
-    """Write config.json, model.safetensors, tokenizer/ and any ``emu3.tiktoken``."""
+def read_eye(folder: Path, device: str | torch.device = "cpu") -> Eye | None:
+    """The eye of a checkpoint folder, if it has one.
+
+    Raises:
+        ValueError: naming a file that is damaged.
+    """
+    return Eye.from_pretrained(folder / "eye", device) if (folder / "eye").is_dir() else None
+
+
+def write_pieces(
+    folder: Path,
+    backbone: EmuForCausalLM,
+    frames: IBQFrameTokenizer,
+    text: TextTokenizer | None,
+    eye: Eye | None,
+) -> None:
+    """Write config.json, model.safetensors, tokenizer/, any eye/ and any ``emu3.tiktoken``."""
     folder.mkdir(parents=True, exist_ok=True)
     with quietly():
         backbone.save_pretrained(folder)
     frames.save_pretrained(folder / "tokenizer")
     if text is not None:
         text.save_pretrained(folder)
+    if eye is not None:
+        eye.save_pretrained(folder / "eye")
 
 
 def check_pieces(
-    config: WorldModelConfig, backbone: EmuForCausalLM, frames: IBQFrameTokenizer, text: TextTokenizer | None
+    config: WorldModelConfig,
+    backbone: EmuForCausalLM,
+    frames: IBQFrameTokenizer,
+    text: TextTokenizer | None,
+    eye: Eye | None,
 ) -> None:
     """Whether the pieces are those that a configuration names.
 
@@ -75,6 +98,15 @@ def check_pieces(
         )
     if (config.tokens == "emu3.5") != (text is not None):
         raise ValueError("Emu3.5's ids and Emu3.5's text tokenizer belong together: give both or neither")
+    if config.objects and eye is None:
+        names = ", ".join(field.name for field in config.objects)
+        raise ValueError(f"world.json names objects ({names}) and there is no eye that reads them off a picture")
+    if eye is not None and (eye.config.objects, eye.config.cameras, eye.config.image_size) != (
+        config.objects,
+        config.cameras,
+        config.image_size,
+    ):
+        raise ValueError("the eye reads other cameras, or says other numbers, than world.json names")
 
 
 def official_text(text: ByteTokenizer | TextTokenizer) -> TextTokenizer | None:

@@ -13,13 +13,13 @@ import torch
 
 from emu_embodied.decode.autoregressive import SequentialDecoder
 from emu_embodied.decode.dida import ParallelDecoder, StateDecoder
-from emu_embodied.decode.glance import glance
 from emu_embodied.decode.grammar import expected_bin
 from emu_embodied.decode.order import Order
 from emu_embodied.decode.paths import StatePath, known_path, make_path
 from emu_embodied.decode.subgoals import SubgoalDecoder
 from emu_embodied.files import write_json
 from emu_embodied.models.cache import KVCache
+from emu_embodied.models.eye import Eye
 from emu_embodied.models.transformer import EmuForCausalLM
 from emu_embodied.records import Belief, Frames, Imagination, Observation, Subgoal
 from emu_embodied.tokens.actions import ActionTokenizer
@@ -40,6 +40,7 @@ class WorldModel:
         backbone: the transformer.
         frames: the vision tokenizer.
         text: the text tokenizer, where the configuration names Emu3.5's ids; bytes otherwise.
+        eye: reads the objects that the configuration names off a picture; None where it names none.
     """
 
     def __init__(
@@ -48,11 +49,13 @@ class WorldModel:
         backbone: EmuForCausalLM,
         frames: IBQFrameTokenizer,
         text: TextTokenizer | None = None,
+        eye: Eye | None = None,
     ) -> None:
-        check_pieces(config, backbone, frames, text)
+        check_pieces(config, backbone, frames, text, eye)
         self.config = config
         self.backbone = backbone.eval().requires_grad_(False)
         self.frames = frames
+        self.eye = None if eye is None else eye.eval().requires_grad_(False)
         self.layout = config.layout
         self.text: ByteTokenizer | TextTokenizer = ByteTokenizer() if text is None else text
         self.actions = ActionTokenizer(config.action_bins, config.block)
@@ -154,7 +157,7 @@ class WorldModel:
             entropy_bound=self.config.entropy_bound if entropy_bound is None else entropy_bound,
             source_noise=self.config.source_noise if source_noise is None else source_noise,
         )
-        return WorldModel(config, self.backbone, self.frames, official_text(self.text))
+        return WorldModel(config, self.backbone, self.frames, official_text(self.text), self.eye)
 
     # -- observe -----------------------------------------------------------------------------------------------------
 
@@ -354,26 +357,20 @@ class WorldModel:
                 f"proprio must be {known} finite numbers ("
                 f"{', '.join(field.name for field in self.config.proprio)}), got {proprio_P.tolist()}"
             )
-        text_1L = self.layout.text_ids(self.text.encode(observation.instruction))[None].to(self.device)
-        objects_O = self.see(text_1L, codes_N[None], proprio_P[None])[0]
+        objects_O = self.see([observation])[0]
         ids = self.layout.state_ids(codes_N, self.proprio.encode(torch.cat([proprio_P, objects_O])))
         self._write(cache, torch.cat([before_1LD, self.backbone.embed(ids[None]) + condition_1D[:, None]], 1))
         return codes_N, proprio_P, objects_O
 
-    def see(self, text_BL: torch.Tensor, codes_BN: torch.Tensor, proprio_BP: torch.Tensor) -> torch.Tensor:
+    def see(self, observations: Sequence[Observation]) -> torch.Tensor:
         """Where the things are that the task is about: float32 [B, O], O = 0 for a model that knows of none.
 
-        Args:
-            text_BL: text segments of the instructions, ids.
-            codes_BN: frame codes.
-            proprio_BP: in the units of the environment.
+        Raises:
+            ValueError: if an observation is not what the eye was trained on.
         """
-        unseen = proprio_BP.new_zeros(len(proprio_BP), len(self.config.objects))
-        if not self.config.objects:
-            return unseen
-        bins_BP = self.proprio.encode(torch.cat([proprio_BP, unseen], 1))[:, : len(self.config.proprio)]
-        seen = expected_bin(glance(self.backbone, self.layout, text_BL, codes_BN, bins_BP))
-        return self._split(self.proprio.decode(torch.cat([bins_BP, seen], 1)))[1]
+        if self.eye is None:
+            return torch.zeros(len(observations), 0, device=self.device)
+        return self.eye.see(observations).to(self.device)
 
     def _split(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Proprio [..., P] and objects [..., O] of the numbers in a state."""
@@ -442,9 +439,9 @@ class WorldModel:
     # -- files -------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors, world.json, tokenizer/ and any ``emu3.tiktoken`` into ``folder``."""
+        """Write config.json, model.safetensors, world.json, tokenizer/, any eye/ and any ``emu3.tiktoken``."""
         folder = Path(folder)
-        write_pieces(folder, self.backbone, self.frames, official_text(self.text))
+        write_pieces(folder, self.backbone, self.frames, official_text(self.text), self.eye)
         write_json(folder / "world.json", asdict(self.config))
 
     @classmethod

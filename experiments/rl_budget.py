@@ -16,7 +16,7 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,6 @@ from emu_embodied.acting import Actor
 from emu_embodied.data.recording import SimulatorFactory
 from emu_embodied.envs.registry import make
 from emu_embodied.experiments.rl_budget_figure import draw_budget, table
-from emu_embodied.experiments.told import ToldActor
 from emu_embodied.files import write_atomically, write_json
 from emu_embodied.metrics.intervals import wilson
 from emu_embodied.policies.evaluate import weights_hash
@@ -65,8 +64,6 @@ class Budget:
     """The policy to begin with."""
     world: str = ""
     """Model to imagine in; the policy's own weights if left out."""
-    told: bool = False
-    """The policy is told where things are (see ``told``)."""
     verify: str = ""
     """Another engine's environment id in which every policy is measured, too."""
     methods: str = "policy,planner,imagined,cloning"
@@ -108,7 +105,7 @@ class Cell:
     """Why the run stopped before its budget; what it had saved last was measured then."""
 
 
-def measure(world: WorldModel, env_id: str, seeds: range, make_actor: Callable[[WorldModel], Actor] = Actor) -> int:
+def measure(world: WorldModel, env_id: str, seeds: range) -> int:
     """How many of these episodes the policy solves at temperature 0, all of them in one batch at a time."""
     simulators = partial(make, image_size=world.config.image_size, cameras=world.config.cameras)
     solved = 0
@@ -116,7 +113,7 @@ def measure(world: WorldModel, env_id: str, seeds: range, make_actor: Callable[[
         for part in range(0, len(seeds), 25):
             starts = [Start(i, env_id, seed) for i, seed in enumerate(seeds[part : part + 25])]
             played = roll_out(
-                crew, make_actor(world), starts, group=1, temperature=0.0, seed=0, number=0, lanes=1, spent=Spent()
+                crew, Actor(world), starts, group=1, temperature=0.0, seed=0, number=0, lanes=1, spent=Spent()
             )
             solved += sum(rollout.success for rollout in played)
     return solved
@@ -137,8 +134,7 @@ def run_cell(budget: Budget, method: str, seed: int, rollouts: int) -> Cell:
     try:
         result = train_rl(
             settings, world, simulators, out, resume=True, start=str(budget.checkpoint), imaginer=imaginer,
-            make_teacher=_teacher(teacher), make_actor=ToldActor if budget.told else Actor,
-            on_line=partial(_say, method, seed),
+            make_teacher=_teacher(teacher), on_line=partial(_say, method, seed),
         )  # fmt: skip
         if result.stopped == "signal":
             raise KeyboardInterrupt  # its cell is finished by the next call
@@ -153,9 +149,8 @@ def run_cell(budget: Budget, method: str, seed: int, rollouts: int) -> Cell:
 def _measured(budget: Budget, world: WorldModel, method: str, seed: int, rollouts: int, minutes: float) -> Cell:
     world.backbone.requires_grad_(False)
     seeds = range(budget.first, budget.first + budget.episodes)
-    make_actor = ToldActor if budget.told else Actor
-    solved = measure(world, budget.env, seeds, make_actor)
-    verified = measure(world, budget.verify, seeds, make_actor) if budget.verify else None
+    solved = measure(world, budget.env, seeds)
+    verified = measure(world, budget.verify, seeds) if budget.verify else None
     return Cell(
         method=method, seed=seed, rollouts=rollouts, solved=solved, episodes=len(seeds), minutes=minutes,
         verified=verified,
@@ -200,12 +195,12 @@ def known_cells(path: Path, budget: Budget) -> list[Cell]:
 def _identity(budget: Budget) -> dict[str, Any]:
     return {
         "env": budget.env, "weights": weights_hash(str(budget.checkpoint)), "episodes": budget.episodes,
-        "first": budget.first, "verify": budget.verify, "told": budget.told,
+        "first": budget.first, "verify": budget.verify,
     }  # fmt: skip
 
 
 def _stem(budget: Budget) -> Path:
-    return budget.out / f"budget_{budget.env}{'_told' if budget.told else ''}"
+    return budget.out / f"budget_{budget.env}"
 
 
 def write(budget: Budget, cells: Sequence[Cell]) -> None:

@@ -7,16 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from emu_embodied.data.batches import encode_dataset
 from emu_embodied.data.episodes import EpisodeStore
-from emu_embodied.decode.glance import glance
-from emu_embodied.decode.grammar import expected_bin
-from emu_embodied.tokens.sequence import MASKED
-from emu_embodied.train.glances import perceived_error, with_glances
-from emu_embodied.train.loop import LossOutput
-from emu_embodied.train.pretrain import WorldData, prepare_data, train_world
+from emu_embodied.train.adapt import train_dida
+from emu_embodied.train.pretrain import train_world
 from emu_embodied.train.windows import misjudged, window_tokens
 from emu_embodied.world_model import WorldModel
 from tests import tiny
@@ -30,34 +25,17 @@ def world() -> WorldModel:
     return tiny.make_world(objects=tiny.OBJECTS)
 
 
-def read_plainly(world: WorldModel, observation) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers of a state, each from everything before its slot, none of them shown; and the ids with them."""
-    layout, backbone = world.layout, world.backbone
-    span, text = layout.vocabulary.state, layout.text_ids(world.text.encode(observation.instruction))
-    known = world.proprio.encode(torch.cat([torch.tensor(observation.proprio), torch.zeros(OBJECTS)]))
-    codes = world.encode_frames(observation.frames)
-    hidden_ids = torch.cat(
-        [text, layout.state_ids(codes, torch.cat([known[:KNOWN], known.new_full((OBJECTS,), MASKED)]))]
-    )
-    numbers = torch.zeros(KNOWN + OBJECTS)
-    for i, slot in enumerate(layout.proprio_slots.tolist()):
-        if i >= KNOWN:
-            place = layout.text_tokens + slot
-            hidden = backbone.core(backbone.embed(hidden_ids[None, :place]), torch.arange(place), mask=None)
-            numbers[i] = expected_bin(backbone.head(hidden[0, -1], slice(span.start, span.stop)))
-    objects = world.proprio.decode(numbers)[KNOWN:]
-    shown = world.proprio.encode(torch.cat([torch.tensor(observation.proprio), objects]))
-    return objects, torch.cat([text, layout.state_ids(codes, shown)])
-
-
 @torch.inference_mode()
-def test_a_frame_is_read_without_showing_what_is_asked(world):
+def test_what_the_eye_reads_is_written_into_the_stream(world):
     observation = tiny.observation(EPISODE, 0)
     belief = world.observe([observation])
-    numbers, ids = read_plainly(world, observation)
+    numbers = world.eye.see([observation])[0]
     assert belief.objects_O.shape == (OBJECTS,)
-    torch.testing.assert_close(belief.objects_O, numbers, atol=1e-5, rtol=1e-4)
-    plain = world._prefix(world.backbone.embed(ids[None]))
+    torch.testing.assert_close(belief.objects_O, numbers)
+    shown = world.proprio.encode(torch.cat([torch.tensor(observation.proprio), numbers]))
+    state = world.layout.state_ids(world.encode_frames(observation.frames), shown)
+    text = world.layout.text_ids(world.text.encode(observation.instruction))
+    plain = world._prefix(world.backbone.embed(torch.cat([text, state])[None]))
     for found, expected in zip(belief.cache.keys, plain.keys, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
@@ -122,49 +100,46 @@ def test_errors_have_the_spread_that_was_asked_for(world):
     assert 0.25 <= float(lasting) <= 0.5
 
 
-def data_of(world: WorldModel, tokens) -> WorldData:
-    return prepare_data(world, tokens, tiny.TRAINING.held_out)
-
-
-def test_glances_cost_what_the_pictures_show(world, tokens):
-    data, config = data_of(world, tokens), replace(tiny.TRAINING, glances=3, context_noise=0.0)
-    nothing = LossOutput(torch.zeros(()), {}, 7)
-    found = with_glances(nothing, world, data, config, torch.Generator().manual_seed(2))
-    batch = data.train.sample(3, 1, data.text_train_EL, torch.Generator().manual_seed(2))
-    bins = world.proprio.encode(batch.proprio_BTP[:, 0])
-    logits = glance(world.backbone, world.layout, batch.text_BL, batch.codes_BTN[:, 0], bins[:, :KNOWN])
-    away = (torch.arange(logits.shape[-1]) - bins[:, KNOWN:, None]) / config.weights.smoothing
-    soft = torch.softmax(-0.5 * away**2, -1)
-    expected = F.cross_entropy(logits.flatten(0, 1), soft.flatten(0, 1))
-    assert float(found.loss) == pytest.approx(config.weights.perception * float(expected), rel=1e-4)
-    assert found.items > 7 and "perception" in found.logs
-    assert with_glances(nothing, world, data, replace(config, glances=0), torch.Generator()) is nothing
-
-
-def test_the_error_of_reading_is_told_field_by_field(world, tokens):
-    found = perceived_error(world, data_of(world, tokens))
-    assert list(found) == ["perceived/dot_x", "perceived/dot_y"]
-    assert all(0 < value < 1 for value in found.values())
-    assert found == perceived_error(world, data_of(world, tokens))
-
-
-def test_a_model_without_objects_glances_at_nothing(tokens, windows):
+def test_a_model_without_an_eye_sees_no_objects():
     world = tiny.make_world()
-    plain = replace(windows, proprio_BTP=windows.proprio_BTP[..., :KNOWN])
-    window = window_tokens(world, plain, 0.0, torch.Generator().manual_seed(1), object_noise=4.0)
-    assert torch.equal(window.before.proprio, world.proprio.encode(plain.proprio_BTP[:, :-1]))
-    data, nothing = data_of(world, tokens), LossOutput(torch.zeros(()), {}, 7)
-    assert with_glances(nothing, world, data, tiny.TRAINING, torch.Generator()) is nothing
-    assert perceived_error(world, data) == {}
+    assert world.see([tiny.observation(EPISODE, t) for t in range(2)]).shape == (2, 0)
 
 
-def test_training_learns_those_of_the_dataset(tmp_path):
+def test_training_learns_those_of_the_eye(tmp_path):
+    store, eye = tiny.make_store(tmp_path / "dots"), tiny.make_eye()
+    train_world(store, tiny.PRESET, tiny.make_tokenizer(), tiny.TRAINING, tmp_path / "out", resume=False, eye=eye)
+    trained = WorldModel.from_pretrained(tmp_path / "out")
+    assert [field.name for field in trained.config.objects] == ["dot_x", "dot_y"]
+    observation = tiny.observation(EPISODE, 0)
+    torch.testing.assert_close(trained.see([observation]), eye.see([observation]))
+    assert "object_mae" in (tmp_path / "out" / "train_world.jsonl").read_text()
+
+
+def test_without_an_eye_training_learns_no_objects(tmp_path):
     store = tiny.make_store(tmp_path / "dots")
     train_world(store, tiny.PRESET, tiny.make_tokenizer(), tiny.TRAINING, tmp_path / "out", resume=False)
     trained = WorldModel.from_pretrained(tmp_path / "out")
-    assert [field.name for field in trained.config.objects] == ["dot_x", "dot_y"]
-    lines = (tmp_path / "out" / "train_world.jsonl").read_text()
-    assert all(name in lines for name in ("perception", "object_mae", "perceived/dot_x"))
+    assert trained.config.objects == () and trained.eye is None
+
+
+def test_adapting_takes_an_eye_to_a_model_without_one(tmp_path):
+    store = tiny.make_store(tmp_path / "dots")
+    train_dida(store, tiny.make_world(), tiny.TRAINING, tmp_path / "out", resume=False, eye=tiny.make_eye())
+    assert [field.name for field in WorldModel.from_pretrained(tmp_path / "out").config.objects] == ["dot_x", "dot_y"]
+
+
+def test_an_eye_for_other_objects_is_refused(tmp_path):
+    store = tiny.make_store(tmp_path / "dots")
+    eye = tiny.make_eye((tiny.OBJECTS[0],))
+    with pytest.raises(ValueError, match=r"the eye reads dot_x; .* tells of dot_x, dot_y"):
+        train_world(store, tiny.PRESET, tiny.make_tokenizer(), tiny.TRAINING, tmp_path / "out", resume=False, eye=eye)
+
+
+def test_pieces_that_do_not_belong_together_are_refused(world):
+    with pytest.raises(ValueError, match="there is no eye"):
+        WorldModel(world.config, world.backbone, world.frames)
+    with pytest.raises(ValueError, match="the eye reads other cameras, or says other numbers"):
+        WorldModel(replace(world.config, objects=()), tiny.make_world().backbone, world.frames, eye=world.eye)
 
 
 def test_datasets_recorded_before_there_were_objects_are_read(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from emu_embodied.data.episodes import DatasetSpec, EpisodeStore
+from emu_embodied.models.eye import Eye, EyeConfig
 from emu_embodied.models.ibq import IBQ, IBQConfig, to_pixels
 from emu_embodied.models.transformer import EmuForCausalLM
 from emu_embodied.presets import Preset
@@ -124,7 +125,18 @@ def make_world(seed: int = 0, **changes: object) -> WorldModel:
         backbone = EmuForCausalLM(shape)
         for parameter in backbone.parameters():
             torch.nn.init.normal_(parameter, std=0.4)
-    return WorldModel(config, backbone, make_tokenizer(seed))
+    eye = make_eye(config.objects, seed) if config.objects else None
+    return WorldModel(config, backbone, make_tokenizer(seed), eye=eye)
+
+
+def make_eye(objects: tuple[Field, ...] = OBJECTS, seed: int = 0) -> Eye:
+    """An untrained eye; every part of its input moves what it says."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        eye = Eye(EyeConfig(cameras=CAMERAS, image_size=SIZE, objects=objects, text_length=12, width=8))
+        for parameter in eye.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return eye
 
 
 def observation(episode: Episode, t: int) -> Observation:

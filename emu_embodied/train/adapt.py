@@ -16,13 +16,13 @@ from emu_embodied.data.episodes import EpisodeStore
 from emu_embodied.data.subgoals import Subtasks
 from emu_embodied.decode.paths import StatePath
 from emu_embodied.hardware import pick_device
+from emu_embodied.models.eye import Eye
 from emu_embodied.train.evaluation import Judge
-from emu_embodied.train.glances import with_glances
 from emu_embodied.train.loop import LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import state_loss
 from emu_embodied.train.meta import write_training_meta
 from emu_embodied.train.noise import draw_copies, noisy_logits, sample_times
-from emu_embodied.train.pretrain import WorldTraining, fitted_fields, prepare_data
+from emu_embodied.train.pretrain import WorldTraining, check_eye, prepare_data
 from emu_embodied.train.rollout import own_samples, self_fed, with_own_samples
 from emu_embodied.train.subgoals import SubgoalTraining
 from emu_embodied.train.windows import action_loss
@@ -40,12 +40,13 @@ def train_dida(
     resume: bool,
     paths: tuple[str, ...] = ("uniform",),
     subtasks: Subtasks | None = None,
+    eye: Eye | None = None,
 ) -> LoopResult:
     """Adapt a world model and keep the result in ``out``.
 
     ``out`` may hold the next-token model itself, which is then replaced by what it becomes. A model that is adapted
     already can be adapted further, with other paths or data, into another folder. What the data show beyond the model's
-    own, further tasks of the same robot and the objects' places, it learns too.
+    own, further tasks of the same robot, it learns too, and with an eye the objects' places.
 
     Args:
         store: recorded like the model's own data.
@@ -55,6 +56,7 @@ def train_dida(
         resume: go on with a run that was stopped in ``out``.
         paths: noise processes; every noisy copy draws one of them, and the model will decode with the first.
         subtasks: what the phases of an instruction are called; without it nothing is learned of subgoals.
+        eye: for a model that has none.
 
     Raises:
         ValueError: if ``out`` holds an adapted model and ``resume`` is off, a path is unknown or named twice, or the
@@ -62,6 +64,8 @@ def train_dida(
         TrainingFailed: on NaN or divergence.
     """
     check_same_recording(store, world)
+    eye = world.eye or eye
+    check_eye(store, eye)
     if len(set(paths)) < len(paths) or not paths:
         raise ValueError(f"paths are {', '.join(paths) or 'none'}: name at least one, and each once")
     noises = [world.path(name) for name in paths]
@@ -71,18 +75,17 @@ def train_dida(
     device = pick_device(config.loop.device)
     world.frames.ibq.to(device)
     world.backbone.to(device)
-    learns_objects = bool(world.config.objects or store.spec.objects)
     tokens = encode_dataset(
-        store, world.frames, world.config.cameras, out / "tokens.safetensors", objects=learns_objects
+        store, world.frames, world.config.cameras, out / "tokens.safetensors", objects=eye is not None
     )
     grown = replace(
         world.config,
         env_ids=tuple(dict.fromkeys((*world.config.env_ids, *store.spec.env_ids))),
-        objects=world.config.objects or fitted_fields(store, tokens, world.config.state_bins)[1],
+        objects=() if eye is None else eye.config.objects,
         paths=paths,
         decoding="dida",
     )
-    adapted = WorldModel(grown, world.backbone, world.frames, official_text(world.text))
+    adapted = WorldModel(grown, world.backbone, world.frames, official_text(world.text), eye)
     data = prepare_data(adapted, tokens, config.held_out)
     subgoals = SubgoalTraining(adapted, data, config, subtasks)
     adapted.config = replace(adapted.config, subgoals=subgoals.steps or world.config.subgoals)
@@ -94,8 +97,7 @@ def train_dida(
         batch = data.train.sample(windows, states, data.text_train_EL, generator).to(adapted.device)
         if pool is not None:
             batch = with_own_samples(batch, pool.to(adapted.device), generator)
-        output = subgoals.mix(dida_loss(adapted, batch, config, noises, generator), generator, noises)
-        return with_glances(output, adapted, data, config, generator)
+        return subgoals.mix(dida_loss(adapted, batch, config, noises, generator), generator, noises)
 
     pool = None
     if config.distilled_windows:

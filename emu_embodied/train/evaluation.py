@@ -10,7 +10,6 @@ import torch
 
 from emu_embodied.decode.grammar import StateLogits, expected_bin
 from emu_embodied.decode.paths import StatePath
-from emu_embodied.train.glances import perceived_error
 from emu_embodied.train.noise import noisy_logits
 from emu_embodied.train.windows import WindowTokens, clean_logits, window_tokens
 from emu_embodied.world_model import WorldModel
@@ -88,6 +87,5 @@ class Judge:
             "changed_share": float(moved.float().mean()),
             "reward_corr": float(torch.corrcoef(pairs)[0, 1]),
             "proprio_mae": float(errors_MP[:, :known].mean()),
-            **perceived_error(self.world, self.data),
             **({"object_mae": float(errors_MP[:, known:].mean())} if self.world.config.objects else {}),
         }

@@ -20,8 +20,6 @@ class LossWeights:
     """A code that differs from the one at its place in the state before counts this many times."""
     proprio: float = 1.0
     """Proprio bins."""
-    perception: float = 1.0
-    """Where the objects are, read off single pictures (``train/glances.py``)."""
     reward: float = 1.5
     """Reward bin: one token among some seventy, and the one that plans are judged by."""
     success: float = 0.25

@@ -18,7 +18,6 @@ from emu_embodied.decode.actions import ActionDecoder
 from emu_embodied.hardware import pick_device
 from emu_embodied.train.adapt import check_same_recording, dida_loss
 from emu_embodied.train.evaluation import Judge
-from emu_embodied.train.glances import with_glances
 from emu_embodied.train.loop import LoopConfig, LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import ordinal_cross_entropy
 from emu_embodied.train.meta import write_training_meta
@@ -62,8 +61,8 @@ class PolicyTraining:
     held_out: float = 0.05
     """Share of the imitated episodes kept for evaluation."""
     world_windows: int = 2
-    """Windows of states in each batch that the world role is trained on (and, for a model of objects, single pictures
-    as ``world.glances`` says); 0 lets it be forgotten, and reads only the episodes that are imitated."""
+    """Windows of states in each batch that the world role is trained on; 0 lets it be forgotten, and reads only the
+    episodes that are imitated."""
     world_weight: float = 0.5
     """Weight of their loss beside that of the decisions."""
     world: WorldTraining = field(default_factory=lambda: WorldTraining(subgoal_share=0.0))
@@ -279,7 +278,6 @@ class _Learner:
             own = dida_loss(world, batch, config.world, self.paths, generator)
         else:
             own = next_token_loss(world, batch, config.world, generator)
-        own = with_glances(own, world, data, config.world, generator)
         logs = {f"world/{name}": value for name, value in own.logs.items() if name != "action"}
         logs |= {"action": imitation.detach(), "world": own.loss.detach()}
         return LossOutput(imitation + config.world_weight * own.loss, logs, tokens + own.items)

@@ -11,13 +11,13 @@ from emu_embodied.data.batches import TokenDataset, WindowBatch, encode_dataset,
 from emu_embodied.data.episodes import EpisodeStore
 from emu_embodied.data.subgoals import Subtasks
 from emu_embodied.hardware import pick_device
+from emu_embodied.models.eye import Eye
 from emu_embodied.models.transformer import EmuForCausalLM
 from emu_embodied.presets import Preset
 from emu_embodied.records import Field
 from emu_embodied.tokens.frames import IBQFrameTokenizer
 from emu_embodied.tokens.states import ProprioTokenizer
 from emu_embodied.train.evaluation import Judge
-from emu_embodied.train.glances import with_glances
 from emu_embodied.train.loop import LoopConfig, LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import LossWeights, state_loss
 from emu_embodied.train.meta import write_training_meta
@@ -45,11 +45,8 @@ class WorldTraining:
     context_noise: float = 0.15
     """Largest share of frame codes of a window replaced by random ones."""
     object_noise: float = 4.0
-    """Largest standard deviation of what a window is shown of the objects' places [bins]: in use they are the model's
-    own reading of a frame, not the truth."""
-    glances: int = 16
-    """Single pictures in every batch from which the objects are learned to be read; none where a dataset has no
-    objects."""
+    """Largest standard deviation of what a window is shown of the objects' places [bins]: in use they are what the eye
+    reads off a frame, not the truth."""
     held_out: float = 0.05
     """Share of episodes kept for evaluation."""
     noise_shift: float = 3.0
@@ -84,7 +81,7 @@ class WorldTraining:
         Raises:
             ValueError: naming the field and its range.
         """
-        for name in ("own_steps", "distilled_windows", "glances"):
+        for name in ("own_steps", "distilled_windows"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, it has to be at least 0")
         for name in ("own_share", "source_share", "context_noise"):
@@ -123,11 +120,15 @@ def prepare_data(world: WorldModel, tokens: TokenDataset, held_out: float) -> Wo
 
 
 def new_world(
-    store: EpisodeStore, preset: Preset, frames: IBQFrameTokenizer, tokens: TokenDataset, seed: int
+    store: EpisodeStore,
+    preset: Preset,
+    frames: IBQFrameTokenizer,
+    tokens: TokenDataset,
+    seed: int,
+    eye: Eye | None = None,
 ) -> WorldModel:
-    """An untrained world model that fits a dataset."""
+    """An untrained world model that fits a dataset, and knows of the objects that its eye reads."""
     spec = store.spec
-    proprio, objects = fitted_fields(store, tokens, preset.state_bins)
     config = WorldModelConfig(
         env_ids=spec.env_ids,
         data_hash=store.data_hash,
@@ -137,8 +138,8 @@ def new_world(
         codebook=preset.ibq.n_embed,
         block=spec.block,
         action_dim=spec.action_dim,
-        proprio=proprio,
-        objects=objects,
+        proprio=fitted_fields(store, tokens, preset.state_bins),
+        objects=() if eye is None else eye.config.objects,
         text_length=preset.text_length,
         action_bins=preset.action_bins,
         state_bins=preset.state_bins,
@@ -149,17 +150,28 @@ def new_world(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # module initialisers know only the global generator
         backbone = EmuForCausalLM(preset.backbone(spec.action_dim))
-    return WorldModel(config, backbone, frames)
+    return WorldModel(config, backbone, frames, eye=eye)
 
 
-def fitted_fields(store: EpisodeStore, tokens: TokenDataset, bins: int) -> tuple[tuple[Field, ...], tuple[Field, ...]]:
-    """Proprio and object fields with the range that a dataset covers; no objects if the tokens hold none."""
-    numbers_MP = tokens.proprio_MP[tokens.rows()].float()
-    fields = (*store.spec.proprio, *store.spec.objects)[: numbers_MP.shape[1]]
+def fitted_fields(store: EpisodeStore, tokens: TokenDataset, bins: int) -> tuple[Field, ...]:
+    """Proprio fields with the range that a dataset covers."""
+    fields = store.spec.proprio
+    numbers_MP = tokens.proprio_MP[tokens.rows(), : len(fields)].float()
     low, high = torch.quantile(numbers_MP, torch.tensor([0.001, 0.999]), dim=0).tolist()
-    fitted = ProprioTokenizer.fit(fields, low, high, bins).fields
-    known = len(store.spec.proprio)
-    return fitted[:known], fitted[known:]
+    return ProprioTokenizer.fit(fields, low, high, bins).fields
+
+
+def check_eye(store: EpisodeStore, eye: Eye | None) -> None:
+    """Refuse an eye for other objects than a dataset tells of.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if eye is None:
+        return
+    reads, told = ([field.name for field in fields] for fields in (eye.config.objects, store.spec.objects))
+    if reads != told:
+        raise ValueError(f"the eye reads {', '.join(reads)}; {store.folder} tells of {', '.join(told) or 'nothing'}")
 
 
 def check_fits_preset(store: EpisodeStore, preset: Preset, frames: IBQFrameTokenizer) -> None:
@@ -193,6 +205,7 @@ def train_world(
     *,
     resume: bool,
     subtasks: Subtasks | None = None,
+    eye: Eye | None = None,
 ) -> LoopResult:
     """Train a backbone by next token and keep it in ``out`` as a checkpoint folder.
 
@@ -204,6 +217,7 @@ def train_world(
         out: checkpoint folder.
         resume: go on with a run that was stopped in ``out``.
         subtasks: what the phases of an instruction are called; without it nothing is learned of subgoals.
+        eye: reads where things are; without it the model knows of no objects.
 
     Raises:
         ValueError: if ``out`` holds a world model that this would overwrite (it can be resumed as long as its training
@@ -211,10 +225,11 @@ def train_world(
         TrainingFailed: on NaN or divergence.
     """
     check_fits_preset(store, preset, frames)
+    check_eye(store, eye)
     _check_out(out, resume)
     frames.ibq.to(pick_device(config.loop.device))
-    tokens = encode_dataset(store, frames, preset.cameras, out / "tokens.safetensors", objects=True)
-    world = new_world(store, preset, frames, tokens, config.loop.seed)
+    tokens = encode_dataset(store, frames, preset.cameras, out / "tokens.safetensors", objects=eye is not None)
+    world = new_world(store, preset, frames, tokens, config.loop.seed, eye)
     data = prepare_data(world, tokens, config.held_out)
     subgoals = SubgoalTraining(world, data, config, subtasks)
     world.config = replace(world.config, subgoals=subgoals.steps)
@@ -223,8 +238,7 @@ def train_world(
 
     def loss_fn(step: int, generator: torch.Generator) -> LossOutput:
         batch = data.train.sample(windows, preset.max_states, data.text_train_EL, generator).to(world.device)
-        output = subgoals.mix(next_token_loss(world, batch, config, generator), generator)
-        return with_glances(output, world, data, config, generator)
+        return subgoals.mix(next_token_loss(world, batch, config, generator), generator)
 
     def save(step: int) -> None:
         world.save_pretrained(out)

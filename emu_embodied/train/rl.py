@@ -81,7 +81,6 @@ def train_rl(
     start: str = "",
     imaginer: WorldModel | None = None,
     make_teacher: MakeTeacher | None = None,
-    make_actor: Callable[[WorldModel], Actor] = Actor,
     on_line: Callable[[dict[str, float]], None] | None = None,
 ) -> RLResult:
     """Reinforce a world model in place and keep it in ``out`` as a checkpoint.
@@ -95,7 +94,6 @@ def train_rl(
         start: the checkpoint that ``world`` was loaded from, for the record.
         imaginer: loop ``imagined``: the model to imagine in, another object than ``world``.
         make_teacher: loop ``planner``: makes the teacher of an episode.
-        make_actor: how the policy role looks at observations.
         on_line: called with every line of the log.
 
     Raises:
@@ -103,7 +101,7 @@ def train_rl(
         TrainingFailed: see ``reinforce``.
     """
     config = settings.config
-    actor = make_actor(world)
+    actor = Actor(world)
     if settings.loop == "imagined" and imaginer is None:
         raise ValueError("loop imagined needs a world model to imagine in")
     if settings.loop == "planner" and make_teacher is None:

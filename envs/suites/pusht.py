@@ -22,7 +22,7 @@ _LOW, _HIGH = AGENT_RADIUS + 5.0, 512.0 - AGENT_RADIUS - 5.0
 """[px] where the disc may be sent: the inside of the walls."""
 
 
-class _Unscored(PushTEnv):  # type: ignore[misc]  # untyped
+class _Unscored(PushTEnv):
     """The suite's environment without the reward of every step, which takes a quarter of its time: ask ``covered``."""
 
     def _get_coverage(self) -> float:

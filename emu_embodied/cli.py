@@ -250,7 +250,13 @@ def _nearest(word: str, known: Collection[str]) -> str:
 _SUBCOMMANDS: dict[str, Any] = {
     "doctor": Doctor,
     "collect": Collect,
-    "train": {"tokenizer": TrainTokenizer, "world": TrainWorld, "dida": TrainDida, "policy": TrainPolicy},
+    "train": {
+        "tokenizer": TrainTokenizer,
+        "eye": TrainEye,
+        "world": TrainWorld,
+        "dida": TrainDida,
+        "policy": TrainPolicy,
+    },
     "rl": RL,
     "plan": Plan,
     "bench": Bench,

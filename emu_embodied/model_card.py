@@ -29,6 +29,7 @@ _STAGE_FIGURES = (
     ("eval/changed_token_accuracy", "of the changed ones", ""),
     ("eval/reward_corr", "reward r", ""),
     ("eval/proprio_mae", "proprio error", ""),
+    ("eval/object_mae", "error of foretold objects", ""),
 )
 """Held-out figures of a stage's last log line: key, name, unit."""
 
@@ -101,7 +102,10 @@ def render_card(folder: Path) -> str:
 
 def _what(folder: Path, config: WorldModelConfig) -> list[str]:
     sizes = {}
-    for name, place in (("transformer", folder), ("vision tokenizer", folder / "tokenizer")):
+    places = {"transformer": folder, "vision tokenizer": folder / "tokenizer", "eye": folder / "eye"}
+    for name, place in places.items():
+        if not place.is_dir():
+            continue
         count = sum(prod(shape) for _, shape in read_folder_shapes(place).values())
         sizes[name] = f"{name} {count / 1e6:.2f} M parameters"
     megabytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
@@ -120,7 +124,7 @@ def _what(folder: Path, config: WorldModelConfig) -> list[str]:
         f"Decodes by {decoding}.",
     ]
     if config.objects:
-        facts.append(f"Says where things are: {', '.join(field.name for field in config.objects)}.")
+        facts.append(f"Reads where things are, and foretells it: {', '.join(field.name for field in config.objects)}.")
     if config.subgoals:
         facts.append(f"Names and pictures subtasks, {config.subgoals} at a time.")
     return facts
@@ -143,6 +147,8 @@ def _training(stages: dict[str, Any]) -> str:
         extra, hardware = entry["extra"], entry["hardware"]
         figures = extra.get("figures", {})
         held = [f"{label} {figures[key]:.3g}{unit}" for key, label, unit in _STAGE_FIGURES if figures.get(key)]
+        seen = {name.removeprefix("eval/error/"): e for name, e in figures.items() if name.startswith("eval/error/")}
+        held += [f"median error of {name} {error:.2g}" for name, error in seen.items() if error is not None]
         device = hardware["accelerators"][0] if hardware.get("accelerators") else hardware["cpu"]
         device = device.get("name", device) if isinstance(device, dict) else device
         cells = (name, extra["steps"], f"{extra['seconds'] / 60:.0f}", ", ".join(held), device)

@@ -173,7 +173,7 @@ def test_an_unknown_policy_names_the_nearest(tmp_path, capsys):
     assert "unknown policy 'radom': did you mean 'random'?" in line
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "world", "dida", "policy"])
+@pytest.mark.parametrize("stage", ["tokenizer", "eye", "world", "dida", "policy"])
 def test_an_unknown_preset_names_the_nearest(stage, tmp_path, capsys):
     line = refusal(capsys, "train", stage, "--preset", "nanno", "--data", tmp_path, "--out", tmp_path / "out")
     assert "unknown preset 'nanno'; did you mean 'nano'?" in line

@@ -25,7 +25,7 @@ from emu_embodied.cli_generate import Generate
 from emu_embodied.cli_inspect import Card, Inspect
 from emu_embodied.cli_plan import Bench, Plan, named_envs
 from emu_embodied.cli_rl import RL
-from emu_embodied.cli_train import Device, Train, TrainDida, TrainPolicy, TrainTokenizer, TrainWorld
+from emu_embodied.cli_train import Device, Train, TrainDida, TrainEye, TrainPolicy, TrainTokenizer, TrainWorld
 
 if TYPE_CHECKING:
     import numpy as np

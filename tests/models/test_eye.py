@@ -112,7 +112,7 @@ def test_it_learns_where_the_dot_is(tmp_path):
     assert float((found - places).abs().mean()) < 0.5 * float(guess)
     assert torch.equal(Eye.from_pretrained(tmp_path / "out" / "eye").see(observations()), eye.see(observations()))
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert set(meta["eye"]["extra"]["figures"]) >= {"error/dot_x", "error/dot_y"}
+    assert set(meta["eye"]["extra"]["figures"]) >= {"eval/error/dot_x", "eval/error/dot_y"}
 
 
 def test_an_eye_is_not_overwritten_and_goes_on(tmp_path):

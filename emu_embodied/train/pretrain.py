@@ -44,7 +44,7 @@ class WorldTraining:
     """Weights of the kinds of token."""
     context_noise: float = 0.15
     """Largest share of frame codes of a window replaced by random ones."""
-    object_noise: float = 4.0
+    object_noise: float = 2.0
     """Largest standard deviation of what a window is shown of the objects' places [bins]: in use they are what the eye
     reads off a frame, not the truth."""
     held_out: float = 0.05

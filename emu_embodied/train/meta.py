@@ -15,17 +15,19 @@ from emu_embodied.train.loop import LoopConfig, LoopResult
 
 
 def inherit_meta(source: Path, out: Path, stage: str = "dida") -> None:
-    """Keep, in a new checkpoint folder, where the checkpoint that it starts from came from.
+    """Keep, in a checkpoint folder, where the checkpoint that it starts from came from.
 
-    If ``stage``, which runs now, ran before, its entry is renamed to ``<stage> before`` and so not overwritten.
+    What the folder has of its own (an eye's stage) stays. If ``stage``, which runs now, ran before, its entry is renamed
+    to ``<stage> before`` and so not overwritten. A folder in which it ran already is gone on with, and left alone.
     """
-    if not (source / "meta.json").exists() or (out / "meta.json").exists():
+    own = json.loads((out / "meta.json").read_text()) if (out / "meta.json").exists() else {}
+    if stage in own or not (source / "meta.json").exists() or source.resolve() == out.resolve():
         return
     stages = json.loads((source / "meta.json").read_text())
     if stage in stages:
         stages[f"{stage} before"] = stages.pop(stage)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "meta.json", stages)
+    write_json(out / "meta.json", {**stages, **own})
 
 
 class _Trained(Protocol):

@@ -63,6 +63,9 @@ class WorldModelConfig:
     """What the model says of the things that the task is about, with the range that the data covers. Nobody tells it
     where they are: it reads that out of a frame, writes it behind the proprio bins of a state, and foretells it with
     the rest of the state."""
+    changes: bool = False
+    """Proprio and objects are read out as moves from the state before: a model that knows nothing yet then says that
+    they stay, and what it has to learn is what the action does."""
     subgoals: int = 0
     """Subtasks in a window of the planner's role that the weights were trained on [subtasks]; 0: they know none."""
     policy_states: int = 1
@@ -125,6 +128,7 @@ class WorldModelConfig:
             num_proprio=len(self.proprio) + len(self.objects),
             action_dim=self.action_dim,
             image=ImageFormat.emu35(self.camera_tokens) if self.tokens == "emu3.5" else None,
+            changes=self.changes,
         )
 
     @classmethod

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from emu_embodied.decode.dida import DecodedState
-from emu_embodied.decode.grammar import StateLogits
+from emu_embodied.decode.grammar import StateLogits, from_changes
 from emu_embodied.decode.sampling import sample
 from emu_embodied.models.cache import KVCache
 from emu_embodied.models.transformer import EmuForCausalLM
@@ -50,6 +50,8 @@ class SequentialDecoder:
                 continue
             kind, span = allowed[slot]
             here = self.backbone.head(hidden[:, -1], slice(span.start, span.stop))
+            if kind == "proprio" and layout.changes:
+                here = from_changes(here, current.proprio[:, len(logits[kind])])
             logits[kind].append(here)
             if kind in ("frame", "proprio"):
                 ids[:, slot + 1] = span.ids(sample(here, self.temperature, generator))

@@ -153,7 +153,8 @@ class ParallelDecoder:
             first=clean,
         )
         unset = torch.zeros_like(tokens_SM, dtype=torch.bool)
-        whole = _Candidates(cache, condition_SD, tokens_SM, ~unset, hidden_SLD, unset)
+        before_SP = current.proprio.expand(len(tokens_SM), -1)
+        whole = _Candidates(cache, condition_SD, before_SP, tokens_SM, ~unset, hidden_SLD, unset)
         logits = self._settle(whole, 0, generator)
         some, rows_S = whole, torch.arange(len(tokens_SM), device=tokens_SM.device)
         for i in range(1, self.passes):
@@ -169,13 +170,13 @@ class ParallelDecoder:
             logits = self._settle(some, i, generator)
         if some is not whole:
             whole.take_over(some, rows_S)
-            logits = state_logits(self.backbone, self.layout, whole.hidden_SLD)
+            logits = state_logits(self.backbone, self.layout, whole.hidden_SLD, whole.before_SP)
         tokens = self._apart(whole.tokens_SM)
         return DecodedState(tokens.codes, tokens.proprio, logits, self._embed(whole.tokens_SM, condition_SD))
 
     def _settle(self, some: _Candidates, index: int, generator: torch.Generator | None) -> StateLogits:
         """Read out pass ``index`` and move the tokens to the time of the next one."""
-        logits = state_logits(self.backbone, self.layout, some.hidden_SLD)
+        logits = state_logits(self.backbone, self.layout, some.hidden_SLD, some.before_SP)
         predicted = StateTokens(
             sample(logits.frame, self.temperature, generator), sample(logits.proprio, self.temperature, generator)
         )
@@ -275,6 +276,7 @@ class _Candidates:
     Attributes:
         cache: everything before the state, and behind its end the state's tokens as they were computed last.
         condition_SD: the action's embedding.
+        before_SP: int64 bins of the state before.
         tokens_SM: int64, as the next pass reads them.
         open_SM: bool, not settled yet.
         hidden_SLD: of every position, from the last pass that computed it.
@@ -283,6 +285,7 @@ class _Candidates:
 
     cache: KVCache
     condition_SD: torch.Tensor
+    before_SP: torch.Tensor
     tokens_SM: torch.Tensor
     open_SM: torch.Tensor
     hidden_SLD: torch.Tensor
@@ -293,6 +296,7 @@ class _Candidates:
         return _Candidates(
             chosen(self.cache, rows_S),
             self.condition_SD[rows_S],
+            self.before_SP[rows_S],
             self.tokens_SM[rows_S],
             self.open_SM[rows_S],
             self.hidden_SLD[rows_S],

@@ -36,16 +36,35 @@ class StateLogits:
         return torch.stack([part.flatten(1).sum(1) for part in parts]).isfinite().all(0)
 
 
-def state_logits(backbone: EmuForCausalLM, layout: SequenceLayout, hidden_SLD: torch.Tensor) -> StateLogits:
+def state_logits(
+    backbone: EmuForCausalLM, layout: SequenceLayout, hidden_SLD: torch.Tensor, before_SP: torch.Tensor
+) -> StateLogits:
     """Read a state out of the hidden vectors [S, state_tokens, D] of its segment.
 
     The head is applied to each position for the ids that may stand there and no others.
+
+    Args:
+        backbone: whose head is used.
+        layout: where everything stands.
+        hidden_SLD: of the state's segment.
+        before_SP: int64 proprio bins of the state before, which a layout with ``changes`` counts from.
     """
     parts = {
         kind: backbone.head(hidden_SLD[:, positions], slice(ids.start, ids.stop))
         for kind, positions, ids in layout.readouts()
     }
-    return StateLogits(parts["frame"], parts["proprio"], parts["reward"][:, 0], parts["success"][:, 0])
+    proprio = from_changes(parts["proprio"], before_SP) if layout.changes else parts["proprio"]
+    return StateLogits(parts["frame"], proprio, parts["reward"][:, 0], parts["success"][:, 0])
+
+
+def from_changes(logits: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Logits [..., bins] of how far a number moves -> logits of the bins it may come to, from bins [...] before.
+
+    The middle entry says that it stays. Counting goes round the end, so that every bin can be come to from every other.
+    """
+    bins = logits.shape[-1]
+    moved = torch.arange(bins, device=logits.device) - before[..., None]
+    return logits.gather(-1, (moved + bins // 2) % bins)
 
 
 def expected_bin(logits: torch.Tensor) -> torch.Tensor:

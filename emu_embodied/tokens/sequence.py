@@ -58,6 +58,8 @@ class SequenceLayout:
         num_proprio: P, and after them O where the model writes down where it sees the objects (see ``WorldModel``).
         action_dim: A.
         image: fixed ids around and between the codes of a frame; None for ``boi`` before them and no others.
+        changes: whether proprio bins are read out as moves from those of the state before; what is written in the
+            stream is the bins themselves in any case.
     """
 
     vocabulary: Vocabulary
@@ -67,6 +69,7 @@ class SequenceLayout:
     num_proprio: int
     action_dim: int
     image: ImageFormat | None = None
+    changes: bool = False
 
     @property
     def text_tokens(self) -> int:

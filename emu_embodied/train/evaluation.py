@@ -55,7 +55,7 @@ class Judge:
         backbone = self.world.backbone
         positions = torch.arange(window.embeds_BLD.shape[1], device=self.world.device)
         hidden = backbone.core(window.embeds_BLD, positions, mask=None)
-        return clean_logits(backbone, self.world.layout, hidden, window.starts)
+        return clean_logits(backbone, self.world.layout, hidden, window)
 
     def _noisy(self, path: StatePath, window: WindowTokens, generator: torch.Generator) -> StateLogits:
         return noisy_logits(self.world, window, path.source(window.before, generator)).noisy

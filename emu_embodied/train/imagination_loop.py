@@ -203,7 +203,7 @@ def state_logits_of(
         return noisy_logits(world, window, StateTokens(noise.codes[:, None], noise.proprio[:, None])).noisy
     positions = torch.arange(window.embeds_BLD.shape[1], device=world.device)
     hidden = world.backbone.core(window.embeds_BLD, positions, mask=None)
-    return clean_logits(world.backbone, world.layout, hidden, window.starts)
+    return clean_logits(world.backbone, world.layout, hidden, window)
 
 
 def token_scores(logits: StateLogits, tokens: StateTokens, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

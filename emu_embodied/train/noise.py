@@ -88,7 +88,7 @@ def noisy_logits(world: WorldModel, window: WindowTokens, noisy: StateTokens, *,
     noisy_BTLD = hidden[:, clean_length:].unflatten(1, (copies, layout.state_tokens))
     clean = hidden[:, :clean_length]
     return TwoViews(
-        clean_logits(backbone, layout, clean, window.starts),
-        state_logits(backbone, layout, noisy_BTLD.flatten(0, 1)),
+        clean_logits(backbone, layout, clean, window),
+        state_logits(backbone, layout, noisy_BTLD.flatten(0, 1), window.before.proprio.flatten(0, 1)),
         clean,
     )

@@ -21,6 +21,7 @@ from emu_embodied.train.evaluation import Judge
 from emu_embodied.train.loop import LoopConfig, LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import LossWeights, state_loss
 from emu_embodied.train.meta import write_training_meta
+from emu_embodied.train.ordered import order_bins
 from emu_embodied.train.state import has_state
 from emu_embodied.train.subgoals import SubgoalTraining
 from emu_embodied.train.windows import action_loss, clean_logits, window_tokens
@@ -146,10 +147,12 @@ def new_world(
         reward_bins=preset.reward_bins,
         context_states=preset.context_states,
         max_states=preset.max_states,
+        changes=True,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # module initialisers know only the global generator
         backbone = EmuForCausalLM(preset.backbone(spec.action_dim))
+        order_bins(backbone, config.layout.vocabulary)
     return WorldModel(config, backbone, frames, eye=eye)
 
 
@@ -272,7 +275,7 @@ def next_token_loss(
     window = window_tokens(world, batch, config.context_noise, generator, object_noise=config.object_noise)
     positions = torch.arange(window.embeds_BLD.shape[1], device=world.device)
     hidden = world.backbone.core(window.embeds_BLD, positions, mask=None)
-    found = clean_logits(world.backbone, world.layout, hidden, window.starts)
+    found = clean_logits(world.backbone, world.layout, hidden, window)
     loss, logs = state_loss(found, window.targets, config.weights)
     imitation = action_loss(world.backbone, world.layout, hidden, window, batch.imitate_B)
     return LossOutput(

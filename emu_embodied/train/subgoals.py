@@ -213,7 +213,7 @@ def subgoal_loss(
         items += times.numel() * layout.state_tokens
     else:
         hidden = _run(world, window)
-        keyframes = {"": clean_logits(backbone, layout, hidden, window.starts)}
+        keyframes = {"": clean_logits(backbone, layout, hidden, window)}
     loss, logs = _sentence_loss(sentence_logits(backbone, layout, hidden), batch, layout, weights)
     if bool(shown_M.any()):
         for name, logits in keyframes.items():
@@ -259,7 +259,7 @@ def _judge(
     shown_M = batch.shown_BT.flatten()
     if path is None:
         hidden = _run(world, window)
-        logits = clean_logits(world.backbone, layout, hidden, window.starts)
+        logits = clean_logits(world.backbone, layout, hidden, window)
     else:
         copies = draw_copies([path], window, torch.zeros(batch.shown_BT.shape), generator)
         views = noisy_logits(world, window, copies)

@@ -115,11 +115,11 @@ def misjudged(
 
 
 def clean_logits(
-    backbone: EmuForCausalLM, layout: SequenceLayout, hidden_BLD: torch.Tensor, starts: tuple[int, ...]
+    backbone: EmuForCausalLM, layout: SequenceLayout, hidden_BLD: torch.Tensor, window: WindowTokens
 ) -> StateLogits:
-    """Logits of the states that begin at ``starts`` of a clean stream, window-major."""
-    states_BTLD = torch.stack([hidden_BLD[:, start : start + layout.state_tokens] for start in starts], 1)
-    return state_logits(backbone, layout, states_BTLD.flatten(0, 1))
+    """Logits of the states 1 .. T - 1 of a window's clean stream, window-major."""
+    states_BTLD = torch.stack([hidden_BLD[:, start : start + layout.state_tokens] for start in window.starts], 1)
+    return state_logits(backbone, layout, states_BTLD.flatten(0, 1), window.before.proprio.flatten(0, 1))
 
 
 def action_loss(

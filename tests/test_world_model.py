@@ -297,8 +297,9 @@ def test_beyond_the_window_imagination_goes_on_from_its_own_latest_states(decodi
         stream = torch.cat([clean, noisy], 1)
         mask = causal_then_parallel(clean.shape[1], noisy.shape[1])
         hidden = backbone.core(stream, torch.arange(stream.shape[1]), mask)
-        logits = state_logits(backbone, layout, hidden[:, -layout.state_tokens :])
+        logits = state_logits(backbone, layout, hidden[:, -layout.state_tokens :], spy.calls[h - 1][-1].proprio_SP)
         torch.testing.assert_close(found.logits.frame, logits.frame, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(found.logits.proprio, logits.proprio, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(found.logits.reward, logits.reward, atol=2e-5, rtol=1e-4)
 
 

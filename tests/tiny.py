@@ -115,7 +115,7 @@ def make_world(seed: int = 0, **changes: object) -> WorldModel:
         "env_ids": ("Dot-v0",), "data_hash": "0" * 64, "cameras": CAMERAS, "image_size": SIZE, "camera_tokens": 4,
         "codebook": IBQ_CONFIG.n_embed, "block": BLOCK, "action_dim": ACTIONS, "proprio": FIELDS, "text_length": 12,
         "action_bins": 8, "state_bins": 16, "reward_bins": 8, "context_states": 2, "max_states": 4,
-        "paths": ("uniform",), "decoding": "dida",
+        "paths": ("uniform",), "decoding": "dida", "changes": True,
     }  # fmt: skip
     config = WorldModelConfig(**(values | changes))
     with torch.random.fork_rng():

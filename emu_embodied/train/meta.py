@@ -17,8 +17,9 @@ from emu_embodied.train.loop import LoopConfig, LoopResult
 def inherit_meta(source: Path, out: Path, stage: str = "dida") -> None:
     """Keep, in a checkpoint folder, where the checkpoint that it starts from came from.
 
-    What the folder has of its own (an eye's stage) stays. If ``stage``, which runs now, ran before, its entry is renamed
-    to ``<stage> before`` and so not overwritten. A folder in which it ran already is gone on with, and left alone.
+    What the folder has of its own (an eye's stage) stays. If ``stage``, which runs now, ran before, its entry is
+    renamed to ``<stage> before`` and so not overwritten. A folder in which it ran already is gone on with, and left
+    alone.
     """
     own = json.loads((out / "meta.json").read_text()) if (out / "meta.json").exists() else {}
     if stage in own or not (source / "meta.json").exists() or source.resolve() == out.resolve():

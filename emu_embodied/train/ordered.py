@@ -1,7 +1,7 @@
 """Bins of one quantity start as neighbours.
 
-New embeddings are random, so that bin 17 is as far from bin 18 as from bin 200, and every bin has to be learned from its
-own few examples. Sinusoids of the bin's place, as in positional encodings (Vaswani et al. 2017, section 3.5), give
+New embeddings are random, so that bin 17 is as far from bin 18 as from bin 200, and every bin has to be learned from
+its own few examples. Sinusoids of the bin's place, as in positional encodings (Vaswani et al. 2017, section 3.5), give
 neighbours like vectors, of which moving by a few bins is nearly a rotation.
 """
 

@@ -60,12 +60,12 @@ def state_embeds(world, codes, proprio, condition) -> torch.Tensor:
     return world.backbone.embed(ids) + condition[:, None]
 
 
-def full_forward(world, clean: torch.Tensor, noisy: torch.Tensor | None, length: int) -> StateLogits:
-    """Logits of the last ``length`` tokens by one forward over everything, the mask written out."""
+def full_forward(world, clean: torch.Tensor, noisy: torch.Tensor | None, before_SP: torch.Tensor) -> StateLogits:
+    """Logits of the last state by one forward over everything, the mask written out."""
     stream = clean if noisy is None else torch.cat([clean, noisy], 1)
     mask = causal_then_parallel(clean.shape[1], stream.shape[1] - clean.shape[1])
     hidden = world.backbone.core(stream, torch.arange(stream.shape[1]), mask)
-    return state_logits(world.backbone, world.layout, hidden[:, -length:])
+    return state_logits(world.backbone, world.layout, hidden[:, -world.layout.state_tokens :], before_SP)
 
 
 def observed(world) -> StateTokens:
@@ -95,34 +95,36 @@ def test_parallel_decoding_equals_uncached_forwards_with_the_dense_mask(world, n
     path = Recorded(world.path(name))
     decoded, cached = decode_twice(world, ParallelDecoder(world.backbone, world.layout, path, passes))
     assert cached == world.layout.length(2) + world.layout.action_tokens  # the second state was never kept
-    actions, length = tiny.plans(PLANS, 2), world.layout.state_tokens
+    actions, before = tiny.plans(PLANS, 2), observed(world).proprio
     clean = prefix_embeds(world)
     reads_of_a_state = len(path.read) // 2
     for h, state in enumerate(decoded):
         action_embeds, condition = world._act(actions[:, h])
         clean = torch.cat([clean, action_embeds], 1)
         read = path.read[h * reads_of_a_state :][passes - 1]  # after the source come the tokens after every pass
-        logits = full_forward(world, clean, state_embeds(world, read.codes, read.proprio, condition), length)
+        logits = full_forward(world, clean, state_embeds(world, read.codes, read.proprio, condition), before)
         assert_same(state.logits, logits)
         assert torch.equal(state.codes_SN, logits.frame.argmax(-1))
         assert torch.equal(state.proprio_SP, logits.proprio.argmax(-1))
         clean = torch.cat([clean, state_embeds(world, state.codes_SN, state.proprio_SP, condition)], 1)
+        before = state.proprio_SP
 
 
 @torch.inference_mode()
 def test_sequential_decoding_equals_one_uncached_forward(world):
     decoded, cached = decode_twice(world, SequentialDecoder(world.backbone, world.layout))
     assert cached == world.layout.length(3)
-    actions, length = tiny.plans(PLANS, 2), world.layout.state_tokens
+    actions, before = tiny.plans(PLANS, 2), observed(world).proprio
     clean = prefix_embeds(world)
     for h, state in enumerate(decoded):
         action_embeds, condition = world._act(actions[:, h])
         written = state_embeds(world, state.codes_SN, state.proprio_SP, condition)
         clean = torch.cat([clean, action_embeds, written], 1)
-        logits = full_forward(world, clean, None, length)
+        logits = full_forward(world, clean, None, before)
         assert_same(state.logits, logits)
         assert torch.equal(state.codes_SN, logits.frame.argmax(-1))
         assert torch.equal(state.proprio_SP, logits.proprio.argmax(-1))
+        before = state.proprio_SP
 
 
 DECODERS = {

@@ -111,7 +111,7 @@ def reference(world, decoder: ParallelDecoder) -> tuple[torch.Tensor, StateLogit
             fresh[-1] = torch.where(needed[..., None], fresh[-1], inputs[-1])
         inputs = fresh
         final = backbone.model.norm(inputs[-1][:, known:], call.eps)
-        logits = state_logits(backbone, layout, final)
+        logits = state_logits(backbone, layout, final, current.proprio)
         predicted = StateTokens(logits.frame.argmax(-1), logits.proprio.argmax(-1))
         joined = torch.cat([predicted.codes, predicted.proprio], -1)
         before, was_open = tokens, is_open

@@ -143,7 +143,7 @@ def test_the_clean_stream_is_trained_as_the_sequential_decoder_reads_it(world, b
     codes[row, t], proprio[row, t] = decoded.codes_SN[0], world.proprio.decode(decoded.proprio_SP[0])
     window = window_tokens(world, replace(batch, codes_BTN=codes, proprio_BTP=proprio), 0.0, generator())
     hidden = world.backbone.core(window.embeds_BLD, torch.arange(world.layout.length(STATES)))
-    trained = clean_logits(world.backbone, world.layout, hidden, window.starts)
+    trained = clean_logits(world.backbone, world.layout, hidden, window)
     assert_same(decoded.logits, one(trained, row, t))
 
 
@@ -184,7 +184,7 @@ def test_the_clean_stream_does_not_see_its_copies(world, batch):
     assert_same(views[0].clean, views[1].clean)
     assert not torch.allclose(views[0].noisy.frame, views[1].noisy.frame, atol=1e-3)
     hidden = world.backbone.core(window.embeds_BLD, torch.arange(world.layout.length(STATES)))
-    assert_same(views[0].clean, clean_logits(world.backbone, world.layout, hidden, window.starts))
+    assert_same(views[0].clean, clean_logits(world.backbone, world.layout, hidden, window))
 
 
 @torch.no_grad()
@@ -257,7 +257,8 @@ def test_every_logit_depends_on_the_action_that_leads_to_its_state(world, batch)
 
 def test_readouts_of_a_state_are_its_own(world):
     hidden = torch.randn(2, world.layout.state_tokens, world.backbone.config.hidden_size, generator=generator())
-    found = state_logits(world.backbone, world.layout, hidden)
+    before = torch.zeros(2, world.layout.num_proprio, dtype=torch.long)
+    found = state_logits(world.backbone, world.layout, hidden, before)
     logits = world.backbone.lm_head(hidden)
     v = world.layout.vocabulary
     boi, first_code = 0, v.vision

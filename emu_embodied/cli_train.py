@@ -150,6 +150,7 @@ class TrainWorld(_WorldStage):
         from emu_embodied.envs.subtasks import subtasks
         from emu_embodied.presets import preset
         from emu_embodied.tokens.frames import IBQFrameTokenizer
+        from emu_embodied.train.meta import inherit_tokenizer
         from emu_embodied.train.pretrain import train_world
         from emu_embodied.world_files import read_eye
 
@@ -159,6 +160,7 @@ class TrainWorld(_WorldStage):
         print(f"tokenizer: {folder}")
         frames = IBQFrameTokenizer.from_pretrained(folder)
         eye = read_eye(self.out)
+        inherit_tokenizer(folder.parent, self.out)
         result = train_world(
             store, row, frames, self._training(), self.out, resume=self.resume, subtasks=subtasks, eye=eye
         )

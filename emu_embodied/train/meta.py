@@ -31,6 +31,17 @@ def inherit_meta(source: Path, out: Path, stage: str = "dida") -> None:
     write_json(out / "meta.json", {**stages, **own})
 
 
+def inherit_tokenizer(source: Path, out: Path) -> None:
+    """Keep, beside a model that is trained on another folder's vision tokenizer, where that came from."""
+    own, others = (
+        json.loads((folder / "meta.json").read_text()) if (folder / "meta.json").exists() else {}
+        for folder in (out, source)
+    )
+    if "tokenizer" in others and "tokenizer" not in own:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "meta.json", {"tokenizer": others["tokenizer"], **own})
+
+
 class _Trained(Protocol):
     """A dataclass of how a stage was trained."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from emu_embodied.train.meta import inherit_meta
+from emu_embodied.train.meta import inherit_meta, inherit_tokenizer
 
 
 def stages(folder) -> dict:
@@ -47,3 +47,16 @@ def test_nothing_known_is_nothing_inherited(tmp_path):
     (tmp_path / "a").mkdir()
     inherit_meta(tmp_path / "a", tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_a_borrowed_tokenizer_keeps_its_record(tmp_path):
+    write(tmp_path / "a", tokenizer="t", world="w")
+    write(tmp_path / "b", eye="e")
+    for out, expected in (("b", {"tokenizer": "t", "eye": "e"}), ("c", {"tokenizer": "t"})):
+        inherit_tokenizer(tmp_path / "a", tmp_path / out)
+        assert stages(tmp_path / out) == expected
+    write(tmp_path / "d", tokenizer="own")
+    inherit_tokenizer(tmp_path / "a", tmp_path / "d")
+    assert stages(tmp_path / "d") == {"tokenizer": "own"}
+    inherit_tokenizer(tmp_path / "nowhere", tmp_path / "d")
+    assert stages(tmp_path / "d") == {"tokenizer": "own"}

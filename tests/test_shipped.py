@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from emu_embodied.cli import main
 from emu_embodied.envs.registry import make
+from emu_embodied.records import Observation
 from emu_embodied.world_config import WEIGHTS, shipped
 from emu_embodied.world_model import WorldModel
 
 NAMES = shipped()
 
 
-def test_nano_ships() -> None:
-    assert "nano" in NAMES
+STEERED = {"ee_y": (1, 0.10), "agent_x": (0, 50.0)}
+"""Proprio entry -> the action dimension that moves it, and how far apart opposite blocks must at least be imagined."""
+
+
+def test_what_is_promised_ships() -> None:
+    assert set(NAMES) >= {"nano", "panda", "pusht"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -32,16 +38,31 @@ def test_a_shipped_checkpoint_is_small_and_says_where_it_comes_from(name: str) -
 def test_a_shipped_checkpoint_knows_where_actions_take_the_arm(name: str) -> None:
     """Not a benchmark: opposite actions must lead to clearly different, rightly ordered imagined places."""
     world = WorldModel.from_pretrained(name)
-    simulator = make(world.config.env_ids[0], image_size=world.config.image_size)
-    simulator.reset(seed=0)
-    belief = world.observe([simulator.observe()])
-    simulator.close()
-    actions = torch.zeros(2, 1, world.block, 4)
-    actions[0, :, :, 1], actions[1, :, :, 1] = 1.0, -1.0
+    names = [field.name for field in world.config.proprio]
+    [(place, dimension, least)] = [(names.index(n), *how) for n, how in STEERED.items() if n in names]
+    belief = world.observe([somewhere(world)])
+    actions = torch.zeros(2, 1, world.block, world.config.action_dim)
+    actions[0, ..., dimension], actions[1, ..., dimension] = 1.0, -1.0
     futures = world.imagine(belief, actions, torch.Generator().manual_seed(0))
-    y = [field.name for field in world.config.proprio].index("ee_y")
-    left, right = futures.proprio_SHP[:, 0, y].tolist()
-    assert left - right > 0.10  # 25 cm in the simulator
+    there, back = futures.proprio_SHP[:, 0, place].tolist()
+    assert there - back > least  # 25 cm in the simulator; 250 px
+
+
+def somewhere(world: WorldModel) -> Observation:
+    """A state that the model was trained for; of a suite that need not be installed, an empty table."""
+    config = world.config
+    if SUITE in config.env_ids[0]:
+        blank = np.full((config.image_size, config.image_size, 3), 255, np.uint8)
+        middle = np.array([256.0, 256.0, 0.0, 0.0], np.float32)
+        return Observation(dict.fromkeys(config.cameras, blank), middle, "push the t onto its outline")
+    simulator = make(config.env_ids[0], image_size=config.image_size)
+    simulator.reset(seed=0)
+    seen = simulator.observe()
+    simulator.close()
+    return seen
+
+
+SUITE = "PushT"
 
 
 def test_plan_writes_video_figure_and_result(tmp_path) -> None:

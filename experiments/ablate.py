@@ -6,19 +6,18 @@ planner succeeds with it. Rows are kept in ``ablate.json`` as they come; the sam
 within a variant too.
 
 python -m emu_embodied.experiments.ablate --data runs/panda --tokenizer runs/nano/tokenizer --env PandaReach-v0 \
-    --minutes 10 --out results/ablate
+    --eye runs/eyes/eye --minutes 10 --out results/ablate
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
 from tqdm import tqdm
 
@@ -32,11 +31,11 @@ from emu_embodied.metrics.horizons import record_fresh
 from emu_embodied.metrics.inspection import inspect_world
 from emu_embodied.metrics.plans import record_scenes, score_plans
 from emu_embodied.models.checkpoints import read_config
+from emu_embodied.models.eye import Eye
 from emu_embodied.policies.behaviours import BEHAVIOURS
 from emu_embodied.policies.evaluate import run_episodes, summarise, weights_hash
 from emu_embodied.policies.registry import PlanningBudget, PolicySpec
 from emu_embodied.presets import preset
-from emu_embodied.records import Episode
 from emu_embodied.tokens.frames import IBQFrameTokenizer
 from emu_embodied.train.adapt import train_dida
 from emu_embodied.train.loop import LoopConfig
@@ -59,7 +58,7 @@ VARIANTS: dict[str, Switch] = {
     "changed tokens weigh 1": _weights(changed=1.0),
     "no context noise": _training(context_noise=0.0),
     "own steps": _training(own_steps=2),
-    "no objects": lambda training: training,  # the data are shown without them
+    "no objects": lambda training: training,  # it gets no eye
     "no pure noise": _training(source_share=0.0),
     "pure noise only": _training(source_share=1.0),
     "reward weighs 0.5": _weights(reward=0.5),
@@ -76,6 +75,8 @@ class Ablate:
     """Dataset folder."""
     tokenizer: Path
     """Folder of the vision tokenizer, the same for all."""
+    eye: Path | None = None
+    """Folder of an eye, the same for all; without it no variant knows of objects."""
     env: str
     """Environment id that is scored in, or several with commas between."""
     out: Path
@@ -123,19 +124,6 @@ class Ablate:
     """Where."""
 
 
-class WithoutObjects(EpisodeStore):
-    """A dataset as if nobody had told where things are."""
-
-    def __init__(self, store: EpisodeStore) -> None:
-        super().__init__(store.folder, replace(store.spec, objects=()), list(store.entries))
-
-    def iter_valid(self, *arguments: Any, **options: Any) -> Iterator[Episode]:
-        """See ``EpisodeStore``."""
-        told = EpisodeStore.open(self.folder)
-        for episode in told.iter_valid(*arguments, **options):
-            yield replace(episode, objects_TO=np.zeros((len(episode) + 1, 0), np.float32))
-
-
 def ablate(config: Ablate) -> list[dict[str, Any]]:
     """Train and score what is not there yet: one row for each variant and environment.
 
@@ -169,8 +157,7 @@ def ablate(config: Ablate) -> list[dict[str, Any]]:
 
 def train_variant(config: Ablate, name: str, store: EpisodeStore, folder: Path) -> dict[str, Any]:
     """Both stages; each goes on where it was stopped. Returns the weights' hash and how far training came."""
-    if name == "no objects":
-        store = WithoutObjects(store)
+    eye = None if config.eye is None or name == "no objects" else Eye.from_pretrained(config.eye)
     row = preset(config.preset)
     training = VARIANTS[name](config.training)
     frames = IBQFrameTokenizer.from_pretrained(config.tokenizer)
@@ -182,7 +169,7 @@ def train_variant(config: Ablate, name: str, store: EpisodeStore, folder: Path) 
     first, second = (folder / stage for stage in shares)
     if not (first / "done").exists():
         one = replace(training, loop=loops["world"])
-        result = train_world(store, row, frames, one, first, resume=(first / "training").exists())
+        result = train_world(store, row, frames, one, first, resume=(first / "training").exists(), eye=eye)
         _finished(first, result.stopped)
     if not (second / "done").exists():
         two = replace(training, loop=loops["dida"])

@@ -125,15 +125,23 @@ def make_world(seed: int = 0, **changes: object) -> WorldModel:
         backbone = EmuForCausalLM(shape)
         for parameter in backbone.parameters():
             torch.nn.init.normal_(parameter, std=0.4)
-    eye = make_eye(config.objects, seed) if config.objects else None
+    eye = None
+    if config.objects:
+        eye = make_eye(config.objects, seed, cameras=config.cameras, image_size=config.image_size)
     return WorldModel(config, backbone, make_tokenizer(seed), eye=eye)
 
 
-def make_eye(objects: tuple[Field, ...] = OBJECTS, seed: int = 0) -> Eye:
+def make_eye(
+    objects: tuple[Field, ...] = OBJECTS,
+    seed: int = 0,
+    *,
+    cameras: tuple[str, ...] = CAMERAS,
+    image_size: int = SIZE,
+) -> Eye:
     """An untrained eye; every part of its input moves what it says."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        eye = Eye(EyeConfig(cameras=CAMERAS, image_size=SIZE, objects=objects, text_length=12, width=8))
+        eye = Eye(EyeConfig(cameras=cameras, image_size=image_size, objects=objects, text_length=12, width=8))
         for parameter in eye.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
     return eye

@@ -13,7 +13,7 @@ from emu_embodied.data.collect import CollectConfig, collect
 from emu_embodied.data.episodes import EpisodeStore
 from emu_embodied.envs.registry import make
 from emu_embodied.experiments import ablate as module
-from emu_embodied.experiments.ablate import VARIANTS, Ablate, WithoutObjects, ablate, main
+from emu_embodied.experiments.ablate import VARIANTS, Ablate, ablate, main
 from emu_embodied.metrics import looking
 from emu_embodied.policies.behaviours import BEHAVIOURS
 from emu_embodied.policies.registry import PlanningBudget
@@ -22,6 +22,7 @@ from emu_embodied.train.loop import LoopConfig
 from emu_embodied.train.pretrain import WorldTraining
 from emu_embodied.world_config import WorldModelConfig
 from emu_embodied.world_model import WorldModel
+from tests import tiny
 from tests.panda_checkpoint import ROW, small_checkpoint
 
 ENV = "PandaReach-v0"
@@ -43,16 +44,19 @@ def small(env_id: str):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A dataset of four short reaches, and a tokenizer."""
+    """A dataset of four short reaches, a tokenizer and an eye."""
     folder = tmp_path_factory.mktemp("made")
     collect(CollectConfig(env=ENV, episodes=4, out=folder / "data", workers=1), small, BEHAVIOURS)
     small_checkpoint(folder / "model")
+    objects = EpisodeStore.open(folder / "data").spec.objects
+    tiny.make_eye(objects, cameras=("front",), image_size=ROW.image_size).save_pretrained(folder / "eye")
     return folder
 
 
 def config(made, out, **changes) -> Ablate:
     values = {
-        "data": made / "data", "tokenizer": made / "model" / "tokenizer", "env": ENV, "out": out, "preset": "tiny",
+        "data": made / "data", "tokenizer": made / "model" / "tokenizer", "eye": made / "eye", "env": ENV, "out": out,
+        "preset": "tiny",
         "variants": "as it is,no objects", "minutes": 1.0, "training": TRAINING, "episodes": 12, "blocks": 2,
         "horizon": 1, "scenes": 2, "plans": 3, "planned": 1, "device": "cpu",
         "budget": PlanningBudget(samples=2, iterations=1, horizon=1),
@@ -71,16 +75,6 @@ def test_a_variant_changes_one_thing() -> None:
     others = [training for name, training in changed.items() if name not in ("as it is", "no objects")]
     assert all(training != plain for training in others)
     assert all(others.count(training) == 1 for training in others)
-
-
-def test_objects_can_be_left_out_of_a_dataset(made) -> None:
-    store = EpisodeStore.open(made / "data")
-    bare = WithoutObjects(store)
-    assert store.spec.objects and not bare.spec.objects and bare.data_hash == store.data_hash
-    for one, other in zip(store.iter_valid(), bare.iter_valid(), strict=True):
-        assert other.objects_TO.shape == (len(one) + 1, 0) and one.objects_TO.shape[1] == 6
-        assert (one.actions_TKA == other.actions_TKA).all()
-    assert len(list(bare.iter_valid([1, 2]))) == 2
 
 
 def test_rows_figures_and_going_on(made, tmp_path, monkeypatch, capsys) -> None:

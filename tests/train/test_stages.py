@@ -259,7 +259,7 @@ def test_undefined_figures_do_not_break_the_record(store, tmp_path, monkeypatch)
 def test_training_on_learns_further_tasks_and_objects(store, world_out, tmp_path):
     world = WorldModel.from_pretrained(world_out)
     world.config = replace(world.config, env_ids=("Dash-v0",), objects=())
-    adapt.train_dida(store, world, tiny.TRAINING, tmp_path / "grown", resume=False)
+    adapt.train_dida(store, world, tiny.TRAINING, tmp_path / "grown", resume=False, eye=tiny.make_eye())
     grown = WorldModel.from_pretrained(tmp_path / "grown").config
     assert grown.env_ids == ("Dash-v0", "Dot-v0")
     assert [field.name for field in grown.objects] == ["dot_x", "dot_y"]

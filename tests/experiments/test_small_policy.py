@@ -1,4 +1,4 @@
-"""The small policy: what is cloned reads its pictures through the eye that it was given."""
+"""The small policy is small: what it sees comes from its eye."""
 
 from __future__ import annotations
 

@@ -25,7 +25,16 @@ from emu_embodied.cli_generate import Generate
 from emu_embodied.cli_inspect import Card, Inspect
 from emu_embodied.cli_plan import Bench, Plan, named_envs
 from emu_embodied.cli_rl import RL
-from emu_embodied.cli_train import Device, Train, TrainDida, TrainEye, TrainPolicy, TrainTokenizer, TrainWorld
+from emu_embodied.cli_train import (
+    Device,
+    Train,
+    TrainDida,
+    TrainEye,
+    TrainPolicy,
+    TrainReward,
+    TrainTokenizer,
+    TrainWorld,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -253,6 +262,7 @@ _SUBCOMMANDS: dict[str, Any] = {
     "train": {
         "tokenizer": TrainTokenizer,
         "eye": TrainEye,
+        "reward": TrainReward,
         "world": TrainWorld,
         "dida": TrainDida,
         "policy": TrainPolicy,

@@ -25,7 +25,7 @@ class _Stage:
     data: Path
     """Dataset folder that `collect` made."""
     out: Path
-    """Checkpoint folder. The first four stages may share it; a stage that is there already needs --resume."""
+    """Checkpoint folder. All stages but the last may share it; a stage that is there already needs --resume."""
     steps: int | None = None
     """Optimizer steps, over all calls; the stage's own number if left out."""
     max_minutes: float | None = None
@@ -110,6 +110,26 @@ class TrainEye(_Stage):
             result,
             f"eye in {self.out / 'eye'}; next: emu-embodied train world --data {self.data} --out {self.out}",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReward(_Stage):
+    """Beside the eye, on the same data: numbers of a state and an instruction to reward and success.
+
+    A checkpoint that holds one judges imagined states by it (`--objective reward`); without it, reward is read out of
+    the transformer. It takes a minute or two, at any time after the dataset is there.
+    """
+
+    def run(self) -> int:
+        """Train."""
+        from emu_embodied.data.episodes import EpisodeStore
+        from emu_embodied.train.reward_model import RewardTraining, train_reward_model
+
+        store = EpisodeStore.open(self.data)
+        config = RewardTraining()
+        config = replace(config, loop=self._loop(config.loop), batch=config.batch if self.batch is None else self.batch)
+        _, result = train_reward_model(store, config, self.out, resume=self.resume)
+        return self._report(result, f"reward model in {self.out / 'reward'}: checkpoints in {self.out} judge by it now")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,11 +319,12 @@ def _names(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train one stage: tokenizer, eye, world, dida, policy, in this order. The first four may share one --out."""
+    """Train one stage: tokenizer, eye, reward, world, dida, policy, in this order. All but the last may share --out."""
 
     stage: (
         Annotated[TrainTokenizer, subcommand("tokenizer")]
         | Annotated[TrainEye, subcommand("eye")]
+        | Annotated[TrainReward, subcommand("reward")]
         | Annotated[TrainWorld, subcommand("world")]
         | Annotated[TrainDida, subcommand("dida")]
         | Annotated[TrainPolicy, subcommand("policy")]

@@ -28,6 +28,8 @@ _STAGE_FIGURES = (
     ("eval/token_accuracy", "tokens right", ""),
     ("eval/changed_token_accuracy", "of the changed ones", ""),
     ("eval/reward_corr", "reward r", ""),
+    ("eval/reward_mae", "reward error", ""),
+    ("eval/success_accuracy", "success right", ""),
     ("eval/proprio_mae", "proprio error", ""),
     ("eval/object_mae", "error of foretold objects", ""),
 )
@@ -102,7 +104,12 @@ def render_card(folder: Path) -> str:
 
 def _what(folder: Path, config: WorldModelConfig) -> list[str]:
     sizes = {}
-    places = {"transformer": folder, "vision tokenizer": folder / "tokenizer", "eye": folder / "eye"}
+    places = {
+        "transformer": folder,
+        "vision tokenizer": folder / "tokenizer",
+        "eye": folder / "eye",
+        "reward model": folder / "reward",
+    }
     for name, place in places.items():
         if not place.is_dir():
             continue

@@ -10,12 +10,13 @@ import torch
 from emu_embodied.models.eye import Eye
 from emu_embodied.models.ibq import IBQ
 from emu_embodied.models.loading import placed, quietly
+from emu_embodied.models.reward_model import RewardModel
 from emu_embodied.models.transformer import EmuForCausalLM
 from emu_embodied.tokens.frames import IBQFrameTokenizer
 from emu_embodied.tokens.text import ByteTokenizer, TextTokenizer
 from emu_embodied.world_config import WorldModelConfig
 
-Pieces = tuple[EmuForCausalLM, IBQFrameTokenizer, TextTokenizer | None, Eye | None]
+Pieces = tuple[EmuForCausalLM, IBQFrameTokenizer, TextTokenizer | None, Eye | None, RewardModel | None]
 
 
 def read_pieces(
@@ -36,7 +37,9 @@ def read_pieces(
         loaded = placed(EmuForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **backbone}), device)
     frames = IBQFrameTokenizer(IBQ.from_pretrained(folder / "tokenizer", device))
     text = TextTokenizer.from_pretrained(folder) if tokens == "emu3.5" else None
-    return loaded, frames, text, read_eye(folder, device)
+    rewards = folder / RewardModel.kind
+    reward_model = RewardModel.from_pretrained(rewards, device) if rewards.is_dir() else None
+    return loaded, frames, text, read_eye(folder, device), reward_model
 
 
 def read_eye(folder: Path, device: str | torch.device = "cpu") -> Eye | None:
@@ -45,7 +48,7 @@ def read_eye(folder: Path, device: str | torch.device = "cpu") -> Eye | None:
     Raises:
         ValueError: naming a file that is damaged.
     """
-    return Eye.from_pretrained(folder / "eye", device) if (folder / "eye").is_dir() else None
+    return Eye.from_pretrained(folder / Eye.kind, device) if (folder / Eye.kind).is_dir() else None
 
 
 def write_pieces(
@@ -54,16 +57,18 @@ def write_pieces(
     frames: IBQFrameTokenizer,
     text: TextTokenizer | None,
     eye: Eye | None,
+    reward_model: RewardModel | None,
 ) -> None:
-    """Write config.json, model.safetensors, tokenizer/, any eye/ and any ``emu3.tiktoken``."""
+    """Write config.json, model.safetensors, tokenizer/, any eye/ and reward/ and any ``emu3.tiktoken``."""
     folder.mkdir(parents=True, exist_ok=True)
     with quietly():
         backbone.save_pretrained(folder)
     frames.save_pretrained(folder / "tokenizer")
     if text is not None:
         text.save_pretrained(folder)
-    if eye is not None:
-        eye.save_pretrained(folder / "eye")
+    for piece in (eye, reward_model):
+        if piece is not None:
+            piece.save_pretrained(folder / piece.kind)
 
 
 def check_pieces(
@@ -72,6 +77,7 @@ def check_pieces(
     frames: IBQFrameTokenizer,
     text: TextTokenizer | None,
     eye: Eye | None,
+    reward_model: RewardModel | None,
 ) -> None:
     """Whether the pieces are those that a configuration names.
 
@@ -107,6 +113,23 @@ def check_pieces(
         config.image_size,
     ):
         raise ValueError("the eye reads other cameras, or says other numbers, than world.json names")
+    if reward_model is not None:
+        check_reward_model(config, reward_model)
+
+
+def check_reward_model(config: WorldModelConfig, reward_model: RewardModel) -> None:
+    """Whether a reward model judges the states of a world model, in all of its tasks.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    own = reward_model.config
+    reads = [field.name for field in (*own.proprio, *own.objects)]
+    named = [field.name for field in (*config.proprio, *config.objects)]
+    if reads != named:
+        raise ValueError(f"the reward model reads {', '.join(reads)}; world.json names {', '.join(named)}")
+    if unknown := [env_id for env_id in config.env_ids if env_id not in own.env_ids]:
+        raise ValueError(f"the reward model never learned {', '.join(unknown)}: train it on data of all tasks")
 
 
 def official_text(text: ByteTokenizer | TextTokenizer) -> TextTokenizer | None:

@@ -13,13 +13,14 @@ import torch
 
 from emu_embodied.decode.autoregressive import SequentialDecoder
 from emu_embodied.decode.dida import ParallelDecoder, StateDecoder
-from emu_embodied.decode.grammar import expected_bin
+from emu_embodied.decode.grammar import StateLogits, check_finite, expected_bin
 from emu_embodied.decode.order import Order
 from emu_embodied.decode.paths import StatePath, known_path, make_path
 from emu_embodied.decode.subgoals import SubgoalDecoder
 from emu_embodied.files import write_json
 from emu_embodied.models.cache import KVCache
 from emu_embodied.models.eye import Eye
+from emu_embodied.models.reward_model import RewardModel
 from emu_embodied.models.transformer import EmuForCausalLM
 from emu_embodied.records import Belief, Frames, Imagination, Observation, Subgoal
 from emu_embodied.tokens.actions import ActionTokenizer
@@ -41,6 +42,7 @@ class WorldModel:
         frames: the vision tokenizer.
         text: the text tokenizer, where the configuration names Emu3.5's ids; bytes otherwise.
         eye: reads the objects that the configuration names off a picture; None where it names none.
+        reward_model: judges foretold numbers; without one, reward and success are read out of the backbone.
     """
 
     def __init__(
@@ -50,12 +52,14 @@ class WorldModel:
         frames: IBQFrameTokenizer,
         text: TextTokenizer | None = None,
         eye: Eye | None = None,
+        reward_model: RewardModel | None = None,
     ) -> None:
-        check_pieces(config, backbone, frames, text, eye)
+        check_pieces(config, backbone, frames, text, eye, reward_model)
         self.config = config
         self.backbone = backbone.eval().requires_grad_(False)
         self.frames = frames
         self.eye = None if eye is None else eye.eval().requires_grad_(False)
+        self.reward_model = None if reward_model is None else reward_model.eval().requires_grad_(False)
         self.layout = config.layout
         self.text: ByteTokenizer | TextTokenizer = ByteTokenizer() if text is None else text
         self.actions = ActionTokenizer(config.action_bins, config.block)
@@ -157,7 +161,7 @@ class WorldModel:
             entropy_bound=self.config.entropy_bound if entropy_bound is None else entropy_bound,
             source_noise=self.config.source_noise if source_noise is None else source_noise,
         )
-        return WorldModel(config, self.backbone, self.frames, official_text(self.text), self.eye)
+        return WorldModel(config, self.backbone, self.frames, official_text(self.text), self.eye, self.reward_model)
 
     # -- observe -----------------------------------------------------------------------------------------------------
 
@@ -240,9 +244,8 @@ class WorldModel:
         num_plans, horizon = actions_SHKA.shape[:2]
         actions_SHKA = actions_SHKA.to(self.device, torch.float32)
         states: list[StateTokens] = []
-        proprio: list[torch.Tensor] = []
-        reward: list[torch.Tensor] = []
-        success: list[torch.Tensor] = []
+        numbers: list[torch.Tensor] = []
+        worth: list[torch.Tensor] = []
         fine: list[torch.Tensor] = []
         num_states = len(belief.history)
         cache = self._branches(num_plans, belief.cache)
@@ -252,9 +255,8 @@ class WorldModel:
             state = self.decoder.decode(cache, pending, condition, current, generator)
             current = StateTokens(state.codes_SN, state.proprio_SP)
             states.append(current)
-            proprio.append(self.proprio.decode(expected_bin(state.logits.proprio)))
-            reward.append(self.reward.decode(expected_bin(state.logits.reward)))
-            success.append(torch.softmax(state.logits.success, -1)[:, 1])
+            numbers.append(self.proprio.decode(expected_bin(state.logits.proprio)))
+            worth.append(self._worth(state.logits, numbers[-1], belief.history[-1].instruction))
             fine.append(state.logits.finite())
             num_states += 1
             if h + 1 == horizon:
@@ -268,14 +270,15 @@ class WorldModel:
                 cache.restart(self._prefix(self._text(belief.history[-1].instruction)))
                 stream = self._restream(recent, actions_SHKA[:, h + 2 - num_states : h + 1])
                 pending = torch.cat([stream, action_embeds], 1)
-        _check_finite(torch.stack(fine))
+        check_finite(torch.stack(fine))
         self._spares = {num_plans: cache}
-        proprio_SHP, objects_SHO = self._split(torch.stack(proprio, 1))
+        proprio_SHP, objects_SHO = self._split(torch.stack(numbers, 1))
+        reward_SH, success_SH = torch.stack(worth, -1)
         return Imagination(
             torch.stack([tokens.codes for tokens in states], 1),
             proprio_SHP,
-            torch.stack(reward, 1),
-            torch.stack(success, 1),
+            reward_SH,
+            success_SH,
             objects_SHO if self.config.objects else None,
         )
 
@@ -320,17 +323,15 @@ class WorldModel:
         decoder = SubgoalDecoder(self.backbone, self.layout, self.decoder, self.config.temperature)
         found = decoder.decode(instruction, current, steps, generator)
         if found:
-            _check_finite(torch.stack([subgoal.state.logits.finite() for subgoal in found]))
-        return tuple(
-            Subgoal(
-                self.text.decode(subgoal.text),
-                subgoal.state.codes_SN[0],
-                self._split(self.proprio.decode(expected_bin(subgoal.state.logits.proprio))[0])[0],
-                float(self.reward.decode(expected_bin(subgoal.state.logits.reward))[0]),
-                float(torch.softmax(subgoal.state.logits.success, -1)[0, 1]),
-            )
-            for subgoal in found
-        )
+            check_finite(torch.stack([subgoal.state.logits.finite() for subgoal in found]))
+        subgoals = []
+        for subgoal in found:
+            numbers = self.proprio.decode(expected_bin(subgoal.state.logits.proprio))
+            reward, success = self._worth(subgoal.state.logits, numbers, observation.instruction)[:, 0].tolist()
+            proprio_P = self._split(numbers[0])[0]
+            sentence = self.text.decode(subgoal.text)
+            subgoals.append(Subgoal(sentence, subgoal.state.codes_SN[0], proprio_P, reward, success))
+        return tuple(subgoals)
 
     # -- pieces of the stream ----------------------------------------------------------------------------------------
 
@@ -376,6 +377,12 @@ class WorldModel:
         """Proprio [..., P] and objects [..., O] of the numbers in a state."""
         known = len(self.config.proprio)
         return numbers[..., :known], numbers[..., known:]
+
+    def _worth(self, logits: StateLogits, numbers: torch.Tensor, instruction: str) -> torch.Tensor:
+        """Reward and chance of success [2, S] of states: what their numbers are worth, where a model judges these."""
+        if self.reward_model is not None:
+            return torch.stack(self.reward_model.judge(numbers, instruction)).to(self.device)
+        return torch.stack([self.reward.decode(expected_bin(logits.reward)), torch.softmax(logits.success, -1)[:, 1]])
 
     def _latest(self, belief: Belief) -> StateTokens:
         """The state that a belief ends with."""
@@ -439,9 +446,9 @@ class WorldModel:
     # -- files -------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors, world.json, tokenizer/, any eye/ and any ``emu3.tiktoken``."""
+        """Write config.json, model.safetensors, world.json, tokenizer/, any eye/, reward/ and ``emu3.tiktoken``."""
         folder = Path(folder)
-        write_pieces(folder, self.backbone, self.frames, official_text(self.text), self.eye)
+        write_pieces(folder, self.backbone, self.frames, official_text(self.text), self.eye, self.reward_model)
         write_json(folder / "world.json", asdict(self.config))
 
     @classmethod
@@ -478,16 +485,3 @@ class WorldModel:
             return cls(config, *pieces)
         except ValueError as error:
             raise ValueError(f"the files in {folder} do not belong together: {error}") from error
-
-
-def _check_finite(fine_HS: torch.Tensor) -> None:
-    """Name the first block, and its first candidate, of which anything is NaN or infinite.
-
-    This is where a rollout waits for its device for the first time.
-
-    Raises:
-        ValueError: if there is one.
-    """
-    if not bool(fine_HS.all()):
-        block, candidate = (~fine_HS).nonzero()[0].tolist()
-        raise ValueError(f"the model produced NaN for candidate {candidate} at block {block}: its weights are damaged")

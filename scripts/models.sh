@@ -48,7 +48,7 @@ nano() {
     measure "$final" PandaReach-v0 PandaPush-v0
 }
 
-# Reach, push and pick-place with an eye, in the codes of nano's tokenizer. 43 min, the data 8 min.
+# Reach, push and pick-place with an eye, in the codes of nano's tokenizer. 47 min, the data 8 min.
 panda() {
     out=runs/models/nano
     pictures
@@ -56,6 +56,7 @@ panda() {
     run data collect --env PandaReach-v0,PandaPush-v0,PandaPickPlace-v0 --episodes 3000 --cameras front --out "$data" \
         --seed 0
     run eye train eye --data "$data" --out "$final" --steps 20000 --max-minutes 6 --resume
+    run reward train reward --data "$data" --out "$final" --steps 20000 --max-minutes 4 --resume
     run world train world --data "$data" --out "$final" --tokenizer "$tokenizer" --batch 4 --steps 20000 \
         --max-minutes 5 --subgoal-share 0 --resume
     run dida train dida --data "$data" --out "$final" --path state_coupled --batch 4 --steps 20000 --max-minutes 32 \

@@ -70,3 +70,16 @@ def from_changes(logits: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
 def expected_bin(logits: torch.Tensor) -> torch.Tensor:
     """Mean of the bin index under softmax(logits), [..., bins] -> float32 [...]: finer than the most likely bin."""
     return torch.softmax(logits, -1) @ torch.arange(logits.shape[-1], device=logits.device).float()
+
+
+def check_finite(fine_HS: torch.Tensor) -> None:
+    """Name the first block, and its first candidate, of which anything is NaN or infinite.
+
+    This is where a rollout waits for its device for the first time.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if not bool(fine_HS.all()):
+        block, candidate = (~fine_HS).nonzero()[0].tolist()
+        raise ValueError(f"the model produced NaN for candidate {candidate} at block {block}: its weights are damaged")

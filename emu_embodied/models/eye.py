@@ -10,23 +10,18 @@ Shape letters: B batch, C cameras, H/W pixels, O numbers, L bytes, D channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from emu_embodied.files import write_atomically, write_json
-from emu_embodied.models.checkpoints import compare_shapes, read_config, read_folder_shapes
 from emu_embodied.models.ibq import to_pixels
+from emu_embodied.models.told import ToldNetwork, range_buffers
 from emu_embodied.records import Field, Observation
-from emu_embodied.tokens.text import ByteTokenizer
-
-MODEL_TYPE = "emu_embodied_eye"
-"""Told in ``config.json``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +54,7 @@ class EyeConfig:
             )
 
 
-class Eye(nn.Module):
+class Eye(ToldNetwork):
     """Pictures of one state and an instruction -> numbers.
 
     Three halvings of the picture, after which every place has its own weights (where a thing is matters, not only that
@@ -67,8 +62,10 @@ class Eye(nn.Module):
     it says what to look for.
     """
 
+    kind = "eye"
+
     def __init__(self, config: EyeConfig) -> None:
-        super().__init__()
+        super().__init__(config, config.text_length, config.width)
         self.config = config
         width, half = config.width, config.width // 2
         self.stem = nn.Conv2d(3 * len(config.cameras), half, 5, stride=2, padding=2)
@@ -83,8 +80,6 @@ class Eye(nn.Module):
         channels = (half, width, width, width)
         self.norms = nn.ModuleList([nn.GroupNorm(max(1, c // 8), c) for c in channels])
         self.narrow = nn.Conv2d(width, half, 1)
-        self.bytes = nn.Embedding(ByteTokenizer.vocabulary_size, width)
-        self.words = nn.ModuleList([nn.Conv1d(width, width, 5, padding=2) for _ in range(2)])
         self.modulation = nn.ModuleList([nn.Linear(width, 2 * c) for c in channels])
         cells = (-(-config.image_size // 8)) ** 2
         self.head = nn.Sequential(
@@ -94,36 +89,22 @@ class Eye(nn.Module):
             nn.SiLU(),
             nn.Linear(256, len(config.objects)),
         )
-        low, high = (torch.tensor([getattr(field, end) for field in config.objects]) for end in ("low", "high"))
-        self.register_buffer("middle", (low + high) / 2, persistent=False)
-        self.register_buffer("half_range", (high - low) / 2, persistent=False)
+        middle, half_range = range_buffers(config.objects)
+        self.register_buffer("middle", middle, persistent=False)
+        self.register_buffer("half_range", half_range, persistent=False)
 
     middle: torch.Tensor
     half_range: torch.Tensor
 
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return self.middle.device
-
     def forward(self, pixels: torch.Tensor, text_BL: torch.Tensor) -> torch.Tensor:
         """Pixels [B, 3 C, H, W] in [-1, 1] and bytes int64 [B, L] -> [B, O], each number's range mapped to [-1, 1]."""
-        told = self.bytes(text_BL).transpose(1, 2)
-        for words in self.words:
-            told = F.silu(words(told))
-        told_BD = told.amax(-1)
+        told_BD = self.told(text_BL)
         seen = F.silu(self.stem(pixels))
         for layer, norm, modulation in zip(self.layers, self.norms, self.modulation, strict=True):
             scale, shift = modulation(told_BD)[:, :, None, None].chunk(2, 1)
             seen = F.silu(norm(layer(seen)) * (1 + scale) + shift)
         numbers: torch.Tensor = self.head(torch.cat([F.silu(self.narrow(seen)).flatten(1), told_BD], 1))
         return numbers
-
-    def text(self, instructions: Sequence[str]) -> torch.Tensor:
-        """Instructions -> int64 [B, text_length], zeros behind the shorter ones."""
-        length, tokenizer = self.config.text_length, ByteTokenizer()
-        rows = [tokenizer.encode(instruction)[:length] for instruction in instructions]
-        return torch.tensor([row + [0] * (length - len(row)) for row in rows], device=self.device)
 
     @torch.no_grad()
     def see(self, observations: Sequence[Observation]) -> torch.Tensor:
@@ -139,13 +120,6 @@ class Eye(nn.Module):
         found: torch.Tensor = self(pixels.unflatten(0, (len(frames), -1)).flatten(1, 2), text_BL)
         return found.float() * self.half_range + self.middle
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``, each whole or not at all."""
-        folder = Path(folder)
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
-        write_atomically(folder / "model.safetensors", lambda aside: save_file(tensors, aside, {"format": "pt"}))
-        write_json(folder / "config.json", {"model_type": MODEL_TYPE, **asdict(self.config)})
-
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Eye:
         """Read what ``save_pretrained`` wrote.
@@ -153,18 +127,12 @@ class Eye(nn.Module):
         Raises:
             ValueError: naming the file that is missing, damaged, or of another model.
         """
-        folder = Path(folder)
-        content = read_config(folder)
-        if content.pop("model_type", None) != MODEL_TYPE:
-            raise ValueError(f"{folder / 'config.json'} describes no eye: train one with `emu-embodied train eye`")
-        try:
+
+        def build(content: dict[str, Any]) -> Eye:
             objects = tuple(Field(**field) for field in content.pop("objects"))
-            eye = cls(EyeConfig(**content | {"cameras": tuple(content["cameras"]), "objects": objects}))
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{folder / 'config.json'} describes no eye that can be built: {error}") from error
-        compare_shapes(eye, read_folder_shapes(folder), folder)
-        eye.load_state_dict(load_file(folder / "model.safetensors"))
-        return eye.to(device).eval().requires_grad_(False)
+            return cls(EyeConfig(**content | {"cameras": tuple(content["cameras"]), "objects": objects}))
+
+        return cls._read(folder, device, build)
 
 
 def _frames(observation: Observation, config: EyeConfig) -> np.ndarray:

@@ -85,7 +85,10 @@ def train_dida(
         paths=paths,
         decoding="dida",
     )
-    adapted = WorldModel(grown, world.backbone, world.frames, official_text(world.text), eye)
+    rewards = world.reward_model
+    if rewards is not None and not set(grown.env_ids) <= set(rewards.config.env_ids):
+        rewards = None  # it never learned the further tasks
+    adapted = WorldModel(grown, world.backbone, world.frames, official_text(world.text), eye, rewards)
     data = prepare_data(adapted, tokens, config.held_out)
     subgoals = SubgoalTraining(adapted, data, config, subtasks)
     adapted.config = replace(adapted.config, subgoals=subgoals.steps or world.config.subgoals)

@@ -301,7 +301,7 @@ def weights_hash(checkpoint: str) -> str:
 
     digest = hashlib.sha256()
     folder = checkpoint_folder(checkpoint)
-    for file in (folder / "model.safetensors", folder / "tokenizer" / "model.safetensors"):
+    for file in (folder / "model.safetensors", *sorted(folder.glob("*/model.safetensors"))):  # tokenizer, eye ...
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -114,6 +114,18 @@ def test_weights_trained_anew_start_with_a_clean_card(folder, tmp_path) -> None:
     assert "Not measured in closed loop: `emu-embodied bench`" in card
 
 
+@pytest.mark.parametrize("network", [".", "tokenizer", "eye"])
+def test_every_network_trained_anew_makes_other_weights(network: str, tmp_path) -> None:
+    tiny.make_world(objects=tiny.OBJECTS).save_pretrained(tmp_path)
+    before = weights_hash(str(tmp_path))
+    assert before == weights_hash(str(tmp_path))
+    file = tmp_path / network / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert weights_hash(str(tmp_path)) != before
+
+
 def test_a_file_of_something_else_is_named(folder, tmp_path) -> None:
     (tmp_path / "x.json").write_text('{"per_horizon": []}')
     for kind in ("inspections", "benches"):

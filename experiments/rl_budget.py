@@ -46,7 +46,7 @@ from emu_embodied.train.teacher_loop import MakeTeacher
 from emu_embodied.world_model import WorldModel
 
 METHODS: dict[str, dict[str, Any]] = {
-    "policy": {"loop": "policy", "config": {"groups": 8}},
+    "policy": {"loop": "policy", "config": {"groups": 16}},
     "imagined": {"loop": "imagined", "config": {"groups": 16}},
     "planner": {"loop": "planner", "config": {"groups": 2}, "teacher": "true"},
     "cloning": {"loop": "planner", "config": {"groups": 2}, "teacher": "scripted"},

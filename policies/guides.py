@@ -90,7 +90,12 @@ class TokenGuide:
         codes_ShN = imagination.tokens_SHN
         if codes_ShN is None:
             raise ValueError("the token policy looks at frames: give TrueDynamics a tokenize function")
-        bins_ShP = self.actor.world.proprio.encode(imagination.proprio_SHP.to(self.actor.device))
+        numbers_ShP = imagination.proprio_SHP
+        if self.actor.world.config.objects:
+            if imagination.objects_SHO is None:
+                raise ValueError("the token policy looks at where things are, which these dynamics do not say")
+            numbers_ShP = torch.cat([numbers_ShP, imagination.objects_SHO.to(numbers_ShP)], -1)
+        bins_ShP = self.actor.world.proprio.encode(numbers_ShP.to(self.actor.device))
         blocks = done_ShKA.shape[1]
         for h in range(max(0, blocks - self.actor.context_states), blocks):
             situations = self.actor.follow_tokens(situations, done_ShKA[:, h], codes_ShN[:, h], bins_ShP[:, h])

@@ -17,16 +17,16 @@ from emu_embodied.policies.guides import TokenGuide
 from emu_embodied.policies.planning import ImaginedSource, PlanningPolicy
 from emu_embodied.policies.registry import PlanningBudget, PolicySpec, make_policy
 from tests.point_mass import PointMass, PointMassModel
-from tests.tiny import ACTIONS, BLOCK, make_episode, make_world, observation, plans
+from tests.tiny import ACTIONS, BLOCK, OBJECTS, make_episode, make_world, observation, plans
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(scope="module")
-def world():
-    return make_world()
+@pytest.fixture(scope="module", params=[(), OBJECTS], ids=["plain", "objects"])
+def world(request):
+    return make_world(objects=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,8 @@ def test_what_is_most_likely_is_proposed(world, episode, context_states):
     imagination = dynamics.imagine(plan_HKA[None], seeded())
     for h in range(3):
         assert torch.equal(plan_HKA[h], actor.act(situation).actions_BKA[0])
-        bins_P = world.proprio.encode(imagination.proprio_SHP[:, h])
+        numbers = [imagination.proprio_SHP] + [imagination.objects_SHO] * bool(world.config.objects)
+        bins_P = world.proprio.encode(torch.cat(numbers, -1)[:, h])
         situation = actor.follow_tokens(situation, plan_HKA[None, h], imagination.tokens_SHN[:, h], bins_P)
 
 

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SHELL := /bin/sh
 ARGS ?=
-MODELS ?= nano panda pusht
+MODELS ?= metaworld nano panda pusht
 
 .DEFAULT_GOAL := help
 .PHONY: help demo models test lint format types clean

@@ -43,7 +43,7 @@ def write_card(folder: Path, weights: str, inspections: Iterable[Path] = (), ben
         folder: checkpoint folder.
         weights: hash of its weights, which measurements have to name.
         inspections: files that ``inspect`` wrote; a new one replaces the environment's older one.
-        benches: files that ``bench`` wrote; a new row replaces the older one of the same settings.
+        benches: files that ``bench`` wrote, of a protocol too; a new row replaces the older one of the same settings.
 
     Raises:
         ValueError: if a file is neither, or was measured with other weights.
@@ -58,7 +58,7 @@ def write_card(folder: Path, weights: str, inspections: Iterable[Path] = (), ben
             raise ValueError(f"{path} was measured with other weights than {weights}: measure anew")
         known["inspect"][extra["env"]] = _short_inspection(content)
     for path in benches:
-        rows = _read(path, "rows")["rows"]
+        rows = [row for row in _read(path, "rows")["rows"] if row["success"] is not None]  # a protocol's may wait
         own = [row for row in rows if row["settings"].get("weights", weights) == weights]
         if len(own) < len(rows):
             if not any("weights" in row["settings"] for row in own):
@@ -210,15 +210,26 @@ def _bench(rows: Sequence[dict[str, Any]]) -> str:
         "| environment | policy | by | episodes | success | 95 % interval |",
         "| --- | --- | --- | ---: | ---: | ---: |",
     ]
-    for row in sorted(rows, key=lambda row: (row["env"], row["policy"])):
+    for row in sorted(rows, key=lambda row: (_where(row), _who(row))):
         low, high = row["ci95"]
         cells = (
-            row["env"], row["policy"], row["settings"].get("objective", ""), row["episodes"],
+            _where(row), _who(row), row["settings"].get("objective", ""), row["episodes"],
             f"{100 * row['success']:.0f} %", f"{100 * low:.0f} to {100 * high:.0f} %",
         )  # fmt: skip
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
-    note = "Rows without a model (random, scripted, true) are controls."
+    note = "Rows without a model (random, scripted, true ...) are controls."
     return "\n".join(lines) + f"\n\n{note}"
+
+
+def _where(row: dict[str, Any]) -> str:
+    protocol = row.get("protocol")
+    return f"{row['env']} ({protocol.upper()})" if protocol else str(row["env"])
+
+
+def _who(row: dict[str, Any]) -> str:
+    share = row["settings"].get("budget", {}).get("proposals", 0)
+    proposed = f", {100 * share:.0f} % proposed" if share and "acting" in row["settings"] else ""
+    return str(row.get("control", row["policy"])) + proposed
 
 
 def _limits(config: WorldModelConfig, measured: dict[str, Any]) -> list[str]:
@@ -235,7 +246,7 @@ def _limits(config: WorldModelConfig, measured: dict[str, Any]) -> list[str]:
     for env_id, one in measured["inspect"].items():
         for unit in ("cm", "px"):
             error, guess = (one.get(f"object_{kind}_{unit}") for kind in ("probe", "guess"))
-            if error is not None and guess is not None and error > 0.5 * guess:
+            if error is not None and guess is not None and error > 0.5 * guess > 0.05:
                 pixels = one.get(f"object_pixels_{unit}")
                 beside = "" if pixels is None else f", of the pixels themselves by {pixels:.1f}"
                 facts.append(
@@ -281,7 +292,7 @@ def _read(path: Path, needed: str) -> dict[str, Any]:
 
 def _label(row: dict[str, Any]) -> tuple[Any, ...]:
     settings = {key: value for key, value in row["settings"].items() if key != "weights"}
-    return row["env"], row["policy"], json.dumps(settings, sort_keys=True)
+    return _where(row), _who(row), json.dumps(settings, sort_keys=True)
 
 
 def _bullets(facts: Sequence[str]) -> str:

@@ -48,19 +48,21 @@ nano() {
     measure "$final" PandaReach-v0 PandaPush-v0
 }
 
-# Reach, push and pick-place with an eye, in the codes of nano's tokenizer. 47 min, the data 8 min.
+# Reach, push and pick-place with an eye, in the codes of nano's tokenizer. 82 min, the data 8 min.
 panda() {
     out=runs/models/nano
     pictures
-    tokenizer=$out/first/tokenizer out=runs/models/panda data=runs/models/panda/data final=runs/models/panda/panda
-    run data collect --env PandaReach-v0,PandaPush-v0,PandaPickPlace-v0 --episodes 3000 --cameras front --out "$data" \
-        --seed 0
-    run eye train eye --data "$data" --out "$final" --steps 20000 --max-minutes 6 --resume
-    run reward train reward --data "$data" --out "$final" --steps 20000 --max-minutes 4 --resume
-    run world train world --data "$data" --out "$final" --tokenizer "$tokenizer" --batch 4 --steps 20000 \
+    tokenizer=$out/first/tokenizer out=runs/models/panda
+    data=$out/data first=$out/first final=$out/panda tasks=PandaReach-v0,PandaPush-v0,PandaPickPlace-v0
+    run data collect --env "$tasks" --episodes 3000 --cameras front --out "$data" --seed 0
+    run eye train eye --data "$data" --out "$first" --steps 20000 --max-minutes 6 --resume
+    run world train world --data "$data" --out "$first" --tokenizer "$tokenizer" --batch 4 --steps 20000 \
         --max-minutes 5 --subgoal-share 0 --resume
-    run dida train dida --data "$data" --out "$final" --path state_coupled --batch 4 --steps 20000 --max-minutes 32 \
+    run dida train dida --data "$data" --out "$first" --path state_coupled --batch 4 --steps 20000 --max-minutes 32 \
         --subgoal-share 0 --resume
+    run reward train reward --data "$data" --out "$first" --steps 20000 --max-minutes 4 --resume
+    run policy train policy --data "$data" --init "$first" --out "$final" --env "$tasks" --optimizer muon \
+        --learning-rate 2e-3 --batch 64 --world-windows 2 --steps 20000 --max-minutes 35 --resume
     measure "$final" PandaReach-v0 PandaPush-v0 PandaPickPlace-v0
 }
 
@@ -79,23 +81,44 @@ pusht() {
     measure "$final" PushT
 }
 
+# Nine of Meta-World's tasks, 36,000 env steps of each (needs the extra `suites`). 47 min, the data 27 min.
+metaworld() {
+    data=$out/data final=$out/metaworld tasks=
+    for task in reach reach-wall drawer-close button-press-topdown-wall coffee-push door-lock hammer handle-pull-side \
+        plate-slide; do
+        tasks=${tasks:+$tasks,}MetaWorld/$task-v3
+    done
+    run data collect --env "$tasks" --episodes 1620 --mixture expert=0.35,noisy=0.35,random=0.1,play=0.2 --workers 1 \
+        --out "$data" --seed 0
+    run tokenizer train tokenizer --preset metaworld --data "$data" --out "$final" --batch 16 --steps 30000 \
+        --max-minutes 7 --resume
+    run eye train eye --preset metaworld --data "$data" --out "$final" --steps 20000 --max-minutes 8 --resume
+    run world train world --preset metaworld --data "$data" --out "$final" --batch 4 --steps 20000 --max-minutes 4 \
+        --subgoal-share 0 --resume
+    run dida train dida --preset metaworld --data "$data" --out "$final" --path state_coupled --batch 4 --steps 20000 \
+        --max-minutes 24 --subgoal-share 0 --resume
+    run reward train reward --preset metaworld --data "$data" --out "$final" --steps 20000 --max-minutes 4 --resume
+    measure "$final" MetaWorld/reach-v3 MetaWorld/plate-slide-v3
+}
+
 # measure CHECKPOINT ENV...: what it knows in each environment, and its card.
 measure() {
     checkpoint=$1
     shift
     found=
     for env in "$@"; do
-        run "inspect-$env" inspect --checkpoint "$checkpoint" --env "$env" --json "$out/inspect-$env.json"
-        found=${found:+$found,}$out/inspect-$env.json
+        file=inspect-${env##*/}
+        run "$file" inspect --checkpoint "$checkpoint" --env "$env" --json "$out/$file.json"
+        found=${found:+$found,}$out/$file.json
     done
     run card card --checkpoint "$checkpoint" --inspect "$found"
 }
 
 for model in "$@"; do
     case $model in
-        nano | panda | pusht) ;;
+        metaworld | nano | panda | pusht) ;;
         *)
-            echo "no recipe for '$model': known are nano, panda, pusht" >&2
+            echo "no recipe for '$model': known are metaworld, nano, panda, pusht" >&2
             exit 2
             ;;
     esac

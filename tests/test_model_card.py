@@ -33,7 +33,7 @@ def folder(tmp_path) -> Path:
     return folder
 
 
-def row(policy: str = "imagined", success: float = 0.5, weights: str | None = None, **settings) -> dict:
+def row(policy: str = "imagined", success: float | None = 0.5, weights: str | None = None, **settings) -> dict:
     settings = {"seed": 0, "objective": "goal", **settings} | ({"weights": weights} if weights else {})
     return {
         "env": "Dot-v0", "policy": policy, "episodes": 10, "success": success, "ci95": [0.2, 0.8], "return_mean": 1.0,
@@ -90,6 +90,26 @@ def test_measurements_are_kept_and_shown(folder, tmp_path) -> None:
     card = write_card(folder, weights, [better], [newer]).read_text()
     assert "90 %" in card and "50 %" not in card and "| random |" in card and "reads off by" not in card
     assert card == render_card(folder)
+
+
+def test_rows_of_a_protocol_and_of_a_guided_planner_are_told_apart(folder, tmp_path) -> None:
+    weights = weights_hash(str(folder))
+    guided = row(weights=weights, success=0.6, budget={"proposals": 0.5}, acting={"temperature": 0.5})
+    asked = {"protocol": "p1", "asked": 20}
+    path = bench(
+        tmp_path / "b.json", row(weights=weights), guided, row("still", success=0.1) | {"control": "still"} | asked,
+        row(success=0.7, weights=weights) | {"control": "imagined-objects"} | asked,
+        row(success=None) | {"control": "token", "episodes": 0, "ci95": None} | asked,
+    )  # fmt: skip
+    card = write_card(folder, weights, benches=[path]).read_text()
+    for line in (
+        "Dot-v0 | imagined | goal | 10 | 50 %",
+        "Dot-v0 | imagined, 50 % proposed | goal | 10 | 60 %",
+        "Dot-v0 (P1) | still | goal | 10 | 10 %",
+        "Dot-v0 (P1) | imagined-objects | goal | 10 | 70 %",
+    ):
+        assert f"| {line} |" in card, line
+    assert "token" not in card.partition("## Measured")[2]
 
 
 def test_figures_of_other_weights_are_refused(folder, tmp_path) -> None:

@@ -44,7 +44,7 @@ def test_make_knows_every_model() -> None:
 
 def test_an_unknown_model_is_refused() -> None:
     done = subprocess.run([SCRIPT, "-n", "bin", "nanu"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and "no recipe for 'nanu': known are nano" in done.stderr
+    assert done.returncode == 2 and "no recipe for 'nanu': known are metaworld, nano" in done.stderr
 
 
 def test_what_is_finished_is_not_done_again(tmp_path) -> None:

@@ -32,6 +32,7 @@ _STAGE_FIGURES = (
     ("eval/success_accuracy", "success right", ""),
     ("eval/proprio_mae", "proprio error", ""),
     ("eval/object_mae", "error of foretold objects", ""),
+    ("eval/action_within_a_bin", "actions within a bin", ""),
 )
 """Held-out figures of a stage's last log line: key, name, unit."""
 
@@ -86,7 +87,7 @@ def render_card(folder: Path) -> str:
         "A token world model of emu-embodied: it predicts what a robot sees, feels and is rewarded for, block by block "
         "of actions. This card is rendered from the files in this folder (`emu-embodied card`).",
         "## What it is",
-        _bullets(_what(folder, config)),
+        _bullets(_what(folder, config, acts="policy" in stages)),
         "## Data",
         _bullets(_data(config, stages)),
         "## Training",
@@ -102,7 +103,7 @@ def render_card(folder: Path) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _what(folder: Path, config: WorldModelConfig) -> list[str]:
+def _what(folder: Path, config: WorldModelConfig, *, acts: bool) -> list[str]:
     sizes = {}
     places = {
         "transformer": folder,
@@ -132,6 +133,8 @@ def _what(folder: Path, config: WorldModelConfig) -> list[str]:
     ]
     if config.objects:
         facts.append(f"Reads where things are, and foretells it: {', '.join(field.name for field in config.objects)}.")
+    if acts:
+        facts.append("Acts by itself, cloned from scripted experts (`token`), and proposes to planners (`--proposals`).")
     if config.subgoals:
         facts.append(f"Names and pictures subtasks, {config.subgoals} at a time.")
     return facts

@@ -134,7 +134,9 @@ def _what(folder: Path, config: WorldModelConfig, *, acts: bool) -> list[str]:
     if config.objects:
         facts.append(f"Reads where things are, and foretells it: {', '.join(field.name for field in config.objects)}.")
     if acts:
-        facts.append("Acts by itself, cloned from scripted experts (`token`), and proposes to planners (`--proposals`).")
+        facts.append(
+            "Acts by itself, cloned from scripted experts (`token`), and proposes to planners (`--proposals`)."
+        )
     if config.subgoals:
         facts.append(f"Names and pictures subtasks, {config.subgoals} at a time.")
     return facts

@@ -73,7 +73,10 @@ def test_a_card_says_whether_the_checkpoint_acts(folder) -> None:
     cloned = stage(extra={"steps": 9, "seconds": 60, "figures": {"eval/action_within_a_bin": 0.414}})
     write_json(folder / "meta.json", {"world": stage(), "policy": cloned})
     card = render_card(folder)
-    assert "Acts by itself, cloned from scripted experts" in card and "| policy | 9 | 1 | actions within a bin 0.414" in card
+    assert (
+        "Acts by itself, cloned from scripted experts" in card
+        and "| policy | 9 | 1 | actions within a bin 0.414" in card
+    )
 
 
 def test_a_missing_record_is_said_to_be_missing(folder) -> None:

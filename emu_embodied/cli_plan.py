@@ -176,7 +176,7 @@ class Plan(Search):
 class Bench(Search):
     """Measure how often policies succeed: rows with Wilson 95 % intervals, as JSON and as a table.
 
-    A file that exists is completed: rows of the same settings are kept, others are measured.
+    A file that exists is completed: rows that it holds are not measured again, and rows of other settings stay.
     """
 
     protocol: str = ""
@@ -207,7 +207,7 @@ class Bench(Search):
     def run(self) -> int:
         """Measure."""
         from emu_embodied.envs.registry import make
-        from emu_embodied.policies.evaluate import bench, format_table, read_results, write_results
+        from emu_embodied.policies.evaluate import bench, format_table, read_results, untouched, write_results
         from emu_embodied.policies.token import ActingSettings
         from emu_embodied.provenance import make_meta
         from emu_embodied.world_config import WorldModelConfig, checkpoint_folder
@@ -225,8 +225,7 @@ class Bench(Search):
         env_ids = named_envs(self.env, self.suite)
         policies = [replace(self._spec(name.strip()), acting=acting) for name in self.policy.split(",")]
         kept = read_results(self.json) if self.json.exists() else []
-        wanted = {(env_id, spec.name) for env_id in env_ids for spec in policies}
-        others = [row for row in kept if (row.env, row.policy) not in wanted]
+        others = untouched(kept, env_ids, policies, self.seed)
         data_hash, simulators = None, partial(make)
         if any(spec.needs_model for spec in policies):
             world = WorldModelConfig.load(checkpoint_folder(policies[0].checkpoint) / "world.json")

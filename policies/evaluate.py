@@ -278,6 +278,23 @@ def bench(
     return [rows[place] for place in sorted(rows)]
 
 
+def untouched(
+    kept: Sequence[BenchRow], env_ids: Iterable[str], specs: Sequence[PolicySpec], seed: int
+) -> list[BenchRow]:
+    """Rows of an earlier run of which a new one says nothing: other environments, policies or settings.
+
+    Of equal settings, rows of a checkpoint that was trained anew since are the new run's to replace.
+    """
+    wanted = [
+        (env_id, spec.name, _without_weights(policy_settings(spec, seed))) for env_id in env_ids for spec in specs
+    ]
+    return [row for row in kept if (row.env, row.policy, _without_weights(row.settings)) not in wanted]
+
+
+def _without_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "weights"}
+
+
 def policy_settings(spec: PolicySpec, seed: int) -> dict[str, Any]:
     """What determines a row of this policy from this first seed on: equal settings, equal rows."""
     settings: dict[str, Any] = {"seed": seed}
@@ -331,7 +348,7 @@ def format_table(rows: Sequence[BenchRow]) -> str:
         (
             row.env,
             row.policy,
-            str(row.settings.get("objective", "")),
+            _by(row.settings),
             str(row.episodes),
             f"{100 * row.success:.0f} %",
             f"{100 * row.ci95[0]:.0f} to {100 * row.ci95[1]:.0f} %",
@@ -352,3 +369,9 @@ def format_table(rows: Sequence[BenchRow]) -> str:
 
     rule = [("-" * width if column < left else "-" * (width - 1) + ":") for column, width in enumerate(widths)]
     return "\n".join([line(cells[0]), line(rule), *(line(texts) for texts in cells[1:])])
+
+
+def _by(settings: Mapping[str, Any]) -> str:
+    """What plans are judged by, and how many of the first candidates the policy proposes."""
+    share = settings["budget"]["proposals"] if "acting" in settings and "budget" in settings else 0
+    return str(settings.get("objective", "")) + (f", {100 * share:.0f} % proposed" if share else "")

@@ -12,6 +12,7 @@ from emu_embodied.policies.evaluate import (
     read_results,
     run_episodes,
     summarise,
+    untouched,
     write_results,
 )
 from emu_embodied.policies.registry import PlanningBudget, PolicySpec
@@ -83,6 +84,21 @@ def test_rows_are_reused_only_with_the_same_settings():
     assert [row.return_mean == -1.0 for row in again] == [True, False]
     moved = bench(["PointMass-v0"], [RANDOM], seed=1, kept=marked, **run)
     assert moved[0].return_mean != -1.0
+
+
+def test_rows_of_other_settings_stay_in_the_file():
+    dearer = replace(TRUE, budget=replace(TRUE.budget, samples=13))
+    rows = bench(["PointMass-v0"], [RANDOM, TRUE, dearer], episodes=1, seed=0, make_simulator=make_point_mass)
+    trained_before = [replace(row, settings=row.settings | {"weights": "before"}) for row in rows]
+    assert untouched(trained_before, ["PointMass-v0"], [TRUE], 0) == [trained_before[0], trained_before[2]]
+    assert untouched(rows, ["PointMass-v0"], [TRUE], 1) == untouched(rows, ["Other-v0"], [TRUE], 0) == rows
+
+
+def test_a_table_tells_guided_rows_from_others():
+    [row] = bench(["PointMass-v0"], [TRUE], episodes=1, seed=0, make_simulator=make_point_mass)
+    settings = row.settings | {"acting": {}, "budget": row.settings["budget"] | {"proposals": 0.5}}
+    table = format_table([row, replace(row, settings=settings)])
+    assert table.count("50 % proposed") == 1
 
 
 def test_results_survive_the_file(tmp_path):

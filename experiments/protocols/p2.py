@@ -1,8 +1,8 @@
 """P2: OGBench's cube-single and Fetch's reach and push, a goal picture 25 env steps ahead; 50 env steps to get there.
 
-The rule is that of P1, as stable-worldmodel (arXiv:2605.21800) applies it to OGBench's cube, with its number of problems
-(50; P1 here asks for more); success is the suite's own radius around where the thing is in the goal state: 4 cm for
-OGBench's cube, 5 cm for Fetch's block, and in reach for Fetch's tool.
+The rule is that of P1, as stable-worldmodel (arXiv:2605.21800) applies it to OGBench's cube, with its number of
+problems (50; our P1 asks for more); success is the suite's own radius around where the thing is in the goal state: 4 cm
+for OGBench's cube, 5 cm for Fetch's block, and in reach for Fetch's tool.
 
 What differs, beside what ``p1`` names:
 

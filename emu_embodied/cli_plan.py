@@ -56,6 +56,8 @@ class Search:
     """Imaginations of each candidate, whose costs are averaged."""
     proposals: float | None = None
     """Share of the first candidates that the checkpoint's token policy proposes, in [0, 1]."""
+    proposal_temperature: float | None = None
+    """Of the draws of what it proposes; at 0 all of a state's proposals are the same."""
     strangeness: float | None = None
     """Weight, beside the objective, of how unlikely the token policy finds what a plan does first."""
     device: Device = "auto"

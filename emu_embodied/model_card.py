@@ -15,6 +15,7 @@ from typing import Any
 
 from emu_embodied.files import write_atomically, write_json
 from emu_embodied.models.checkpoints import read_config, read_folder_shapes
+from emu_embodied.policies.evaluate import proposed
 from emu_embodied.world_config import WorldModelConfig
 
 CARD = "MODEL_CARD.md"
@@ -232,9 +233,7 @@ def _where(row: dict[str, Any]) -> str:
 
 
 def _who(row: dict[str, Any]) -> str:
-    share = row["settings"].get("budget", {}).get("proposals", 0)
-    proposed = f", {100 * share:.0f} % proposed" if share and "acting" in row["settings"] else ""
-    return str(row.get("control", row["policy"])) + proposed
+    return str(row.get("control", row["policy"])) + proposed(row["settings"])
 
 
 def _limits(config: WorldModelConfig, measured: dict[str, Any]) -> list[str]:

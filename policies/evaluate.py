@@ -348,7 +348,7 @@ def format_table(rows: Sequence[BenchRow]) -> str:
         (
             row.env,
             row.policy,
-            _by(row.settings),
+            str(row.settings.get("objective", "")) + proposed(row.settings),
             str(row.episodes),
             f"{100 * row.success:.0f} %",
             f"{100 * row.ci95[0]:.0f} to {100 * row.ci95[1]:.0f} %",
@@ -371,7 +371,7 @@ def format_table(rows: Sequence[BenchRow]) -> str:
     return "\n".join([line(cells[0]), line(rule), *(line(texts) for texts in cells[1:])])
 
 
-def _by(settings: Mapping[str, Any]) -> str:
-    """What plans are judged by, and how many of the first candidates the policy proposes."""
-    share = settings["budget"]["proposals"] if "acting" in settings and "budget" in settings else 0
-    return str(settings.get("objective", "")) + (f", {100 * share:.0f} % proposed" if share else "")
+def proposed(settings: Mapping[str, Any]) -> str:
+    """How many of the first candidates the policy proposed, to be put behind a row's name; empty where none."""
+    share = settings.get("budget", {}).get("proposals", 0) if "acting" in settings else 0
+    return f", {100 * share:.0f} % proposed" if share else ""

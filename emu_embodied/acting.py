@@ -115,7 +115,7 @@ class Actor:
             raise ValueError(
                 f"context_states is {context_states}: these weights act on 1 to {config.max_states - 1} states"
             )
-        self.world = world
+        self.world = world.with_stream(config.policy_stream)
         self.context_states = context_states
         self._texts: dict[str, torch.Tensor] = {}
 
@@ -253,8 +253,10 @@ class Actor:
                 raise ValueError(
                     f"the model reads cameras {config.cameras}; the observation lacks {', '.join(missing)}"
                 )
-        frames = np.stack([seen.frames[camera] for seen in observations for camera in config.cameras])
-        codes_BN = self.world.frames.encode(frames).reshape(len(observations), -1).to(self.device)
+        codes_BN = torch.zeros(len(observations), 0, dtype=torch.long, device=self.device)
+        if config.stream == "pictures":
+            frames = np.stack([seen.frames[camera] for seen in observations for camera in config.cameras])
+            codes_BN = self.world.frames.encode(frames).reshape(len(observations), -1).to(self.device)
         proprio = np.stack([np.asarray(seen.proprio, np.float32) for seen in observations])
         if proprio.shape[1:] != (len(config.proprio),) or not np.isfinite(proprio).all():
             names = ", ".join(field.name for field in config.proprio)

@@ -193,6 +193,8 @@ class Bench(Search):
     policy: str = ""
     """random, scripted, token, shooting, imagined, true, subgoals or true_subgoals; or several with commas between. Of
     a protocol: rows of its table, all if left out."""
+    stream: Literal["pictures", "numbers"] = "pictures"
+    """What is imagined: frames and numbers, or numbers alone, which costs a fifth, where the checkpoint knows them."""
     temperature: float = 0.0
     """At which the token policy draws its action tokens; 0 takes the most likely."""
     episodes: int | None = None
@@ -218,14 +220,15 @@ class Bench(Search):
             raise ValueError(f"--episodes is {self.episodes}, it has to be at least 1")
         acting = ActingSettings(temperature=self.temperature)
         if self.protocol:
-            return self._run_protocol(replace(self._spec("imagined"), acting=acting))
+            return self._run_protocol(replace(self._spec("imagined"), acting=acting, stream=self.stream))
         if self.max_minutes is not None:
             raise ValueError("--max-minutes is for --protocol: without it a run goes on row by row")
         if not self.policy:
             raise ValueError("give --policy, or --protocol")
         episodes = 100 if self.episodes is None else self.episodes
         env_ids = named_envs(self.env, self.suite)
-        policies = [replace(self._spec(name.strip()), acting=acting) for name in self.policy.split(",")]
+        own = {"acting": acting, "stream": self.stream}
+        policies = [replace(self._spec(name.strip()), **own) for name in self.policy.split(",")]
         kept = read_results(self.json) if self.json.exists() else []
         others = untouched(kept, env_ids, policies, self.seed)
         data_hash, simulators = None, partial(make)

@@ -215,6 +215,9 @@ class TrainDida(_WorldStage):
     model then decodes with the first. By default those that the checkpoint was adapted with, else uniform."""
     own_steps: int = 0
     """In a quarter of the windows, states follow the model's own predictions instead of the data, so often in a row."""
+    number_windows: int = 0
+    """Windows of numbers alone in a batch, beside those of --batch: five times shorter, and imagined as much faster
+    (bench --stream numbers). They need an eye."""
     distilled_windows: int = 0
     """Windows that the next-token model samples before training; half of every batch is then drawn from them."""
 
@@ -241,7 +244,8 @@ class TrainDida(_WorldStage):
         paths = asked or world.config.paths or ("uniform",)
         print(f"adapting: {source}, noise: {', '.join(paths)}")
         inherit_meta(checkpoint_folder(source), self.out)
-        config = replace(self._training(), own_steps=self.own_steps, distilled_windows=self.distilled_windows)
+        given = {name: getattr(self, name) for name in ("own_steps", "distilled_windows", "number_windows")}
+        config = replace(self._training(), **given)
         result = train_dida(
             store, world, config, self.out, resume=self.resume, paths=paths, subtasks=subtasks, eye=read_eye(self.out)
         )
@@ -267,6 +271,11 @@ class TrainPolicy(_Stage):
     """Imitate only the first so many episodes of each environment, for policies of chosen strength."""
     solved_only: bool = False
     """Imitate only episodes that end in success."""
+    stream: Literal["pictures", "numbers"] = "pictures"
+    """What a decision looks at: frames and numbers, or numbers alone, where the checkpoint knows that stream."""
+    number_windows: int | None = None
+    """Windows of numbers alone beside those of --world-windows; as many if left out, where the checkpoint knows
+    them."""
     context_states: int | None = None
     """Latest states a decision looks at; 1 unless given."""
     world_windows: int | None = None
@@ -292,6 +301,7 @@ class TrainPolicy(_Stage):
         default = PolicyTraining()
         given: dict[str, Any] = {
             "batch": self.batch,
+            "stream": self.stream,
             "context_states": self.context_states,
             "world_windows": self.world_windows,
             "world_weight": self.world_weight,
@@ -305,9 +315,15 @@ class TrainPolicy(_Stage):
             solved_only=self.solved_only,
             **{name: value for name, value in given.items() if value is not None},
         )
+        world = WorldModel.from_pretrained(source)
+        if "numbers" in world.config.streams:
+            windows = config.world_windows if self.number_windows is None else self.number_windows
+            config = replace(config, world=replace(config.world, number_windows=windows))
+        elif self.number_windows:
+            raise ValueError(f"{source} does not know the stream of numbers: `train dida --number-windows` teaches it")
         print(f"cloning {self.sources} into {source}")
         inherit_meta(folder, self.out, "policy")
-        result = train_policy(store, WorldModel.from_pretrained(source), config, self.out, resume=self.resume)
+        result = train_policy(store, world, config, self.out, resume=self.resume)
         return self._report(
             result, f"policy in {self.out}; next: emu-embodied bench --policy token --checkpoint {self.out}"
         )

@@ -8,7 +8,7 @@ state (all cameras), C cameras, V vocabulary, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Frames = dict[str, np.ndarray]
 """Camera name -> uint8 image [height, width, 3]."""
+
+Stream = Literal["pictures", "numbers"]
+"""What a state is written as: its frames and its numbers, or its numbers alone (proprio, objects, reward, success)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,8 @@ class Imagination:
     """S imagined (or simulated) futures of H blocks. No pixels: ``WorldModel.render`` makes those that are looked at.
 
     Attributes:
-        tokens_SHN: int64 [S, H, N] frame tokens, or None where the true simulator ran without rendering.
+        tokens_SHN: int64 [S, H, N] frame tokens, or None where the true simulator ran without rendering, or a
+            model in its stream of numbers.
         proprio_SHP: float32 [S, H, P] in the units of the environment.
         reward_SH: float32 [S, H], reward of each state reached, in [0, 1].
         success_SH: float32 [S, H], probability (or 0/1 from a simulator) that the state reached solves the task.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from emu_embodied.decode.order import Order, check_order
 from emu_embodied.decode.paths import known_path
 from emu_embodied.models.checkpoints import read_config
-from emu_embodied.records import Field
+from emu_embodied.records import Field, Stream
 from emu_embodied.tokens.image_format import ImageFormat
 from emu_embodied.tokens.sequence import SequenceLayout
 from emu_embodied.tokens.text import ByteTokenizer
@@ -66,6 +66,13 @@ class WorldModelConfig:
     changes: bool = False
     """Proprio and objects are read out as moves from the state before: a model that knows nothing yet then says that
     they stay, and what it has to learn is what the action does."""
+    streams: tuple[Stream, ...] = ("pictures",)
+    """Streams that the weights were trained on. Numbers alone are some five times shorter; they can say what matters of
+    a state where an eye reads the objects' places."""
+    stream: Stream = "pictures"
+    """Which of them the world role reads and imagines, unless another is asked for."""
+    policy_stream: Stream = "pictures"
+    """Which of them the policy role was cloned on."""
     subgoals: int = 0
     """Subtasks in a window of the planner's role that the weights were trained on [subtasks]; 0: they know none."""
     policy_states: int = 1
@@ -104,6 +111,13 @@ class WorldModelConfig:
             raise ValueError(f"decoding is {self.decoding!r}, choose autoregressive or dida")
         for name in self.paths:
             known_path(name)
+        if unknown := {self.stream, self.policy_stream} - set(self.streams):
+            raise ValueError(
+                f"these weights know the stream of {' and of '.join(self.streams)}, not of {unknown.pop()}: train them "
+                "on it (`emu-embodied train dida --number-windows`)"
+            )
+        if "numbers" in self.streams and (not self.objects or self.tokens != "compact"):
+            raise ValueError("numbers alone say nothing of a scene without objects: train an eye first (train eye)")
         _check_count("subgoals", self.subgoals, 0)
         _check_count("policy_states", self.policy_states, 1)
         if not self.temperature >= 0:
@@ -114,7 +128,7 @@ class WorldModelConfig:
 
     @property
     def layout(self) -> SequenceLayout:
-        """Where everything stands in the token stream."""
+        """Where everything stands in the token stream; that of numbers has pictures without codes."""
         bins = {"action": self.action_bins, "state": self.state_bins, "reward": self.reward_bins}
         if self.tokens == "emu3.5":
             vocabulary = Vocabulary.emu35(vision=self.codebook, **bins)
@@ -124,7 +138,7 @@ class WorldModelConfig:
             vocabulary=vocabulary,
             text_length=self.text_length,
             cameras=self.cameras,
-            camera_tokens=self.camera_tokens,
+            camera_tokens=self.camera_tokens if self.stream == "pictures" else 0,
             num_proprio=len(self.proprio) + len(self.objects),
             action_dim=self.action_dim,
             image=ImageFormat.emu35(self.camera_tokens) if self.tokens == "emu3.5" else None,

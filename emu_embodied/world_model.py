@@ -22,7 +22,7 @@ from emu_embodied.models.cache import KVCache
 from emu_embodied.models.eye import Eye
 from emu_embodied.models.reward_model import RewardModel
 from emu_embodied.models.transformer import EmuForCausalLM
-from emu_embodied.records import Belief, Frames, Imagination, Observation, Subgoal
+from emu_embodied.records import Belief, Frames, Imagination, Observation, Stream, Subgoal
 from emu_embodied.tokens.actions import ActionTokenizer
 from emu_embodied.tokens.frames import IBQFrameTokenizer
 from emu_embodied.tokens.sequence import StateTokens
@@ -161,12 +161,23 @@ class WorldModel:
             entropy_bound=self.config.entropy_bound if entropy_bound is None else entropy_bound,
             source_noise=self.config.source_noise if source_noise is None else source_noise,
         )
+        return self._configured(config)
+
+    def with_stream(self, stream: Stream) -> WorldModel:
+        """The same weights on another stream; of numbers alone, imagination costs a fifth and can not be pictured.
+
+        Raises:
+            ValueError: if the weights were not trained on it.
+        """
+        return self if stream == self.config.stream else self._configured(replace(self.config, stream=stream))
+
+    def _configured(self, config: WorldModelConfig) -> WorldModel:
         return WorldModel(config, self.backbone, self.frames, official_text(self.text), self.eye, self.reward_model)
 
     # -- observe -----------------------------------------------------------------------------------------------------
 
     def encode_frames(self, frames: Frames) -> torch.Tensor:
-        """Frames of one state (camera -> uint8 [h, w, 3]) -> codes int64 [N].
+        """Frames of one state (camera -> uint8 [h, w, 3]) -> codes int64 [N], none in the stream of numbers.
 
         Raises:
             ValueError: if a camera of the model is missing.
@@ -174,6 +185,8 @@ class WorldModel:
         missing = [camera for camera in self.config.cameras if camera not in frames]
         if missing:
             raise ValueError(f"the model reads cameras {self.config.cameras}; the observation has {tuple(frames)}")
+        if self.config.stream == "numbers":
+            return torch.zeros(0, dtype=torch.long, device=self.device)
         stacked = np.stack([frames[camera] for camera in self.config.cameras])
         return self.frames.encode(stacked).flatten().to(self.device)
 
@@ -275,7 +288,7 @@ class WorldModel:
         proprio_SHP, objects_SHO = self._split(torch.stack(numbers, 1))
         reward_SH, success_SH = torch.stack(worth, -1)
         return Imagination(
-            torch.stack([tokens.codes for tokens in states], 1),
+            torch.stack([tokens.codes for tokens in states], 1) if config.stream == "pictures" else None,
             proprio_SHP,
             reward_SH,
             success_SH,
@@ -289,7 +302,7 @@ class WorldModel:
             ValueError: if the imagination holds no frame tokens.
         """
         if imagination.tokens_SHN is None:
-            raise ValueError("this imagination has no frame tokens: a simulator ran without rendering")
+            raise ValueError("there is nothing to picture: a simulator ran without rendering, or a model in numbers")
         chosen = imagination.tokens_SHN[list(plans)][:, list(horizons)]
         per_camera = chosen.unflatten(-1, (len(self.config.cameras), self.config.camera_tokens))
         rendered = {}

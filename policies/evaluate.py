@@ -307,6 +307,8 @@ def policy_settings(spec: PolicySpec, seed: int) -> dict[str, Any]:
             settings["planner"] = spec.planner
     if spec.name == "token" or spec.guided:
         settings["acting"] = asdict(spec.acting)
+    if spec.imagines and spec.stream != "pictures":
+        settings["stream"] = spec.stream
     if spec.needs_model:
         settings["weights"] = weights_hash(spec.checkpoint)
     return settings

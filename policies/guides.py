@@ -88,8 +88,10 @@ class TokenGuide:
         """The situations that beginnings of plans lead to."""
         imagination = dynamics.imagine(done_ShKA, generator)
         codes_ShN = imagination.tokens_SHN
-        if codes_ShN is None:
-            raise ValueError("the token policy looks at frames: give TrueDynamics a tokenize function")
+        if self.actor.world.config.stream == "numbers":
+            codes_ShN = torch.zeros(*done_ShKA.shape[:2], 0, dtype=torch.long)
+        elif codes_ShN is None:
+            raise ValueError("the token policy looks at frames: imagine them, or give TrueDynamics a tokenize function")
         numbers_ShP = imagination.proprio_SHP
         if self.actor.world.config.objects:
             if imagination.objects_SHO is None:

@@ -27,6 +27,7 @@ from emu_embodied.policies.random import RandomPolicy
 from emu_embodied.policies.subgoals import SubgoalPolicy
 from emu_embodied.policies.token import ActingSettings, TokenPolicy
 from emu_embodied.protocols import Objective, Policy, SubgoalModel, WorldModel
+from emu_embodied.records import Stream
 
 if TYPE_CHECKING:
     from emu_embodied.acting import Actor
@@ -110,6 +111,8 @@ class PolicySpec:
     """What a search may cost."""
     subgoals: SubgoalSettings = field(default_factory=SubgoalSettings)
     """How ``subgoals`` and ``true_subgoals`` go from one subtask to the next."""
+    stream: Stream = "pictures"
+    """What is imagined: frames and numbers, or numbers alone, at a fifth of the cost, where the weights know them."""
     acting: ActingSettings = field(default_factory=ActingSettings)
     """How ``token`` decides, and how much of the past it looks at where it proposes."""
     device: str = "cpu"
@@ -159,7 +162,7 @@ class PolicySpec:
         """
         world_model = None
         if self.needs_model:
-            world_model = _load_world_model(self.checkpoint, self.device)
+            world_model = _load_world_model(self.checkpoint, self.device, self.stream)
             check_fits(world_model, simulator)
         return make_policy(self, simulator, seed=seed, world_model=world_model)
 
@@ -203,6 +206,8 @@ def make_policy(
     if spec.needs_model and world_model is None:
         how = f" with objective {spec.objective}" if spec.plans else ""
         raise ValueError(f"the {spec.name} policy{how} needs a world model: give a checkpoint")
+    if spec.stream == "numbers" and spec.plans and (spec.objective == "goal" or spec.names_subtasks):
+        raise ValueError("numbers cannot be compared with a goal picture: plan for objects, reward or success")
     if spec.name == "token":
         return TokenPolicy(_actor(world_model, spec.acting), temperature=spec.acting.temperature, seed=seed)
     objective: Objective
@@ -315,10 +320,12 @@ def check_fits(world_model: Any, simulator: EpisodeSimulator) -> None:
 
 
 @lru_cache(maxsize=2)
-def _load_world_model(checkpoint: str, device: str) -> WorldModel:
+def _load_world_model(checkpoint: str, device: str, stream: Stream) -> WorldModel:
     from emu_embodied.hardware import pick_dtype
     from emu_embodied.world_model import WorldModel as TrainedWorldModel
 
     if device.startswith("cuda"):  # imagination alone: nothing is trained in this precision
-        return TrainedWorldModel.from_pretrained(checkpoint, device=device, dtype=pick_dtype("auto", device))
-    return TrainedWorldModel.from_pretrained(checkpoint, device=device)
+        world = TrainedWorldModel.from_pretrained(checkpoint, device=device, dtype=pick_dtype("auto", device))
+    else:
+        world = TrainedWorldModel.from_pretrained(checkpoint, device=device)
+    return world.with_stream(stream)

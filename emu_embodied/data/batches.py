@@ -90,6 +90,10 @@ class TokenDataset:
         kept = torch.from_numpy(held_out_episodes(len(index), held_out))
         return self._episodes(index[~kept]), self._episodes(index[kept])
 
+    def without_frames(self) -> TokenDataset:
+        """The same states without codes, as the stream of numbers has them."""
+        return replace(self, codes_MN=self.codes_MN[:, :0])
+
     def _episodes(self, chosen: torch.Tensor) -> TokenDataset:
         return TokenDataset(
             self.codes_MN,

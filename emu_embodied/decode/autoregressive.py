@@ -56,8 +56,9 @@ class SequentialDecoder:
             if kind in ("frame", "proprio"):
                 ids[:, slot + 1] = span.ids(sample(here, self.temperature, generator))
         codes, proprio = layout.parse_state(ids)
+        frame = logits["frame"] or [condition_SD.new_empty(num_plans, layout.vocabulary.vision.size)]
         stacked = StateLogits(
-            torch.stack(logits["frame"], 1),
+            torch.stack(frame, 1)[:, : len(layout.frame_slots)],
             torch.stack(logits["proprio"], 1),
             logits["reward"][0],
             logits["success"][0],

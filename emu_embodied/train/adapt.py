@@ -5,27 +5,24 @@ The next-token loss on the clean stream is kept, so that one set of weights deco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from emu_embodied.data.batches import WindowBatch, encode_dataset
+from emu_embodied.data.batches import encode_dataset
 from emu_embodied.data.episodes import EpisodeStore
 from emu_embodied.data.subgoals import Subtasks
-from emu_embodied.decode.paths import StatePath
 from emu_embodied.hardware import pick_device
 from emu_embodied.models.eye import Eye
 from emu_embodied.train.evaluation import Judge
 from emu_embodied.train.loop import LoopResult, LossOutput, run_loop
-from emu_embodied.train.losses import state_loss
 from emu_embodied.train.meta import write_training_meta
-from emu_embodied.train.noise import draw_copies, noisy_logits, sample_times
+from emu_embodied.train.numbers import NumberTraining
+from emu_embodied.train.parallel import dida_loss
 from emu_embodied.train.pretrain import WorldTraining, check_eye, prepare_data
-from emu_embodied.train.rollout import own_samples, self_fed, with_own_samples
+from emu_embodied.train.rollout import own_samples, with_own_samples
 from emu_embodied.train.subgoals import SubgoalTraining
-from emu_embodied.train.windows import action_loss
 from emu_embodied.world_config import WorldModelConfig
 from emu_embodied.world_files import official_text
 from emu_embodied.world_model import WorldModel
@@ -84,6 +81,7 @@ def train_dida(
         objects=() if eye is None else eye.config.objects,
         paths=paths,
         decoding="dida",
+        streams=("pictures", "numbers") if config.number_windows else world.config.streams,
     )
     rewards = world.reward_model
     if rewards is not None and not set(grown.env_ids) <= set(rewards.config.env_ids):
@@ -92,6 +90,7 @@ def train_dida(
     data = prepare_data(adapted, tokens, config.held_out)
     subgoals = SubgoalTraining(adapted, data, config, subtasks)
     adapted.config = replace(adapted.config, subgoals=subgoals.steps or world.config.subgoals)
+    numbers = NumberTraining(adapted, data, config, noises)
     backbone = adapted.backbone.requires_grad_(True)
     windows = config.batch - subgoals.windows
     states = world.config.max_states
@@ -100,7 +99,8 @@ def train_dida(
         batch = data.train.sample(windows, states, data.text_train_EL, generator).to(adapted.device)
         if pool is not None:
             batch = with_own_samples(batch, pool.to(adapted.device), generator)
-        return subgoals.mix(dida_loss(adapted, batch, config, noises, generator), generator, noises)
+        output = subgoals.mix(dida_loss(adapted, batch, config, noises, generator), generator, noises)
+        return numbers.mix(output, generator)
 
     pool = None
     if config.distilled_windows:
@@ -123,46 +123,14 @@ def train_dida(
             "path": ",".join(paths),
             "batch": config.batch,
             **subgoals.describe,
+            **numbers.describe,
         },
         save=save,
-        evaluate=judge.parallel,
+        evaluate=lambda: judge.parallel() | numbers.figures(),
         unit="tokens",
     )
     write_training_meta(out, "dida", config, store, result)
     return result
-
-
-def dida_loss(
-    world: WorldModel,
-    batch: WindowBatch,
-    config: WorldTraining,
-    paths: Sequence[StatePath],
-    generator: torch.Generator,
-) -> LossOutput:
-    """Loss of predicting states from noisy copies of them, and of next-token prediction on the clean stream.
-
-    Args:
-        world: being adapted.
-        batch: on its device.
-        config: how.
-        paths: noise processes, one of which every copy draws.
-        generator: CPU generator.
-    """
-    window, fed = self_fed(world, batch, config, paths, generator)
-    shape = (len(batch.codes_BTN), len(window.starts))
-    times = sample_times(shape, config.noise_shift, config.source_share, generator, asynchronous=config.async_times)
-    views = noisy_logits(world, window, draw_copies(paths, window, times, generator), flex=config.flex_attention)
-    noisy, logs = state_loss(views.noisy, window.targets, config.weights)
-    true_M = slice(fed * shape[1], None)  # a state that was imagined otherwise says nothing of the data's next token
-    clean, clean_logs = state_loss(views.clean.at(true_M), window.targets.at(true_M), config.weights)
-    imitate_B = batch.imitate_B & (torch.arange(shape[0], device=world.device) >= fed)
-    imitation = action_loss(world.backbone, world.layout, views.hidden_BLD, window, imitate_B)
-    logs |= {f"clean/{name}": value for name, value in clean_logs.items()}
-    return LossOutput(
-        noisy + clean + config.weights.action * imitation,
-        {**logs, "action": imitation.detach()},
-        window.embeds_BLD[..., 0].numel() + times.numel() * world.layout.state_tokens,
-    )
 
 
 def check_same_recording(store: EpisodeStore, world: WorldModel) -> None:

@@ -81,10 +81,13 @@ class Judge:
         backbone.train(training)
         errors_MP, known = torch.cat(error), len(self.world.config.proprio)
         hits, moved, pairs = torch.cat(right).float(), torch.cat(changed), torch.cat(reward, 1)
-        return {
+        pictured = {
             "token_accuracy": float(hits.mean()),
             "changed_token_accuracy": float(hits[moved].mean()),
             "changed_share": float(moved.float().mean()),
+        }
+        return {
+            **(pictured if self.world.config.stream == "pictures" else {}),
             "reward_corr": float(torch.corrcoef(pairs)[0, 1]),
             "proprio_mae": float(errors_MP[:, :known].mean()),
             **({"object_mae": float(errors_MP[:, known:].mean())} if self.world.config.objects else {}),

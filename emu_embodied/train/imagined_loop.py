@@ -16,9 +16,9 @@ import torch
 
 from emu_embodied.acting import ActionSample, Actor, Situations
 from emu_embodied.tokens.sequence import StateTokens
-from emu_embodied.train.adapt import dida_loss
 from emu_embodied.train.grpo import group_advantages, has_signal
 from emu_embodied.train.loop import TrainingFailed, step_generator
+from emu_embodied.train.parallel import dida_loss
 from emu_embodied.train.policy_loop import figures_of, score_of
 from emu_embodied.train.pretrain import WorldTraining, next_token_loss
 from emu_embodied.train.reinforce import Experience, RLConfig

@@ -78,19 +78,16 @@ def state_loss(
     """Weighted loss of M predicted states, and its parts with the accuracies people look at."""
     nll_MN = F.cross_entropy(logits.frame.movedim(-1, 1), targets.codes_MN, reduction="none")
     emphasis_MN = torch.where(targets.changed_MN, weights.changed, 1.0)
-    frame = (nll_MN * emphasis_MN).sum() / emphasis_MN.sum()
+    frame = (nll_MN * emphasis_MN).sum() / emphasis_MN.sum().clamp(min=1)
     proprio = ordinal_cross_entropy(logits.proprio, targets.proprio_MP, weights.smoothing)
     reward = ordinal_cross_entropy(logits.reward, targets.reward_M, weights.smoothing)
     success = F.cross_entropy(logits.success, targets.success_M)
     loss = weights.frame * frame + weights.proprio * proprio + weights.reward * reward + weights.success * success
     right_MN = (logits.frame.argmax(-1) == targets.codes_MN).float()
     changed = targets.changed_MN
-    logs = {
-        "frame": frame.detach(),
-        "proprio": proprio.detach(),
-        "reward": reward.detach(),
-        "success": success.detach(),
-        "token_accuracy": right_MN.mean(),
-        "changed_token_accuracy": (right_MN * changed).sum() / changed.sum().clamp(min=1),
-    }
+    logs = {"proprio": proprio.detach(), "reward": reward.detach(), "success": success.detach()}
+    if targets.codes_MN.shape[-1]:
+        logs["frame"] = frame.detach()
+        logs["token_accuracy"] = right_MN.mean()
+        logs["changed_token_accuracy"] = (right_MN * changed).sum() / changed.sum().clamp(min=1)
     return loss, logs

@@ -16,11 +16,14 @@ from emu_embodied.data.batches import IMITATED, TokenDataset, encode_dataset
 from emu_embodied.data.episodes import EpisodeStore, IndexEntry
 from emu_embodied.decode.actions import ActionDecoder
 from emu_embodied.hardware import pick_device
-from emu_embodied.train.adapt import check_same_recording, dida_loss
+from emu_embodied.records import Stream
+from emu_embodied.train.adapt import check_same_recording
 from emu_embodied.train.evaluation import Judge
 from emu_embodied.train.loop import LoopConfig, LoopResult, LossOutput, run_loop
 from emu_embodied.train.losses import ordinal_cross_entropy
 from emu_embodied.train.meta import write_training_meta
+from emu_embodied.train.numbers import NumberTraining
+from emu_embodied.train.parallel import dida_loss
 from emu_embodied.train.pretrain import WorldData, WorldTraining, next_token_loss, prepare_data
 from emu_embodied.train.state import has_state
 from emu_embodied.train.windows import disturbed, misjudged
@@ -51,6 +54,8 @@ class PolicyTraining:
     """Imitate only the first so many episodes of each environment, for policies of chosen strength."""
     solved_only: bool = False
     """Imitate only episodes that end in success."""
+    stream: Stream = "pictures"
+    """What a decision looks at: frames and numbers, or numbers alone, where an eye reads them."""
     context_states: int = 1
     """Latest states a decision looks at [states]; see ``acting.Actor``."""
     smoothing: float = 1.0
@@ -217,7 +222,9 @@ def train_policy(
     world.frames.ibq.to(device)
     world.backbone.to(device)
     known = store.data_hash if world.config.data_hash == "none" else world.config.data_hash
-    world.config = replace(world.config, data_hash=known, policy_states=config.context_states)
+    world.config = replace(
+        world.config, data_hash=known, policy_states=config.context_states, policy_stream=config.stream
+    )
     learner = _Learner(store, chosen, world, config, out)
     backbone = world.backbone.requires_grad_(True)
 
@@ -237,6 +244,7 @@ def train_policy(
             "batch": config.batch,
             "context": config.context_states,
             "world": [config.world_windows, config.world_weight],
+            **({} if config.stream == "pictures" else {"stream": config.stream}),
         },
         save=save,
         evaluate=learner.figures,
@@ -253,21 +261,25 @@ class _Learner:
         self, store: EpisodeStore, chosen: EpisodeStore, world: WorldModel, config: PolicyTraining, out: Path
     ) -> None:
         self.world, self.config = world, config
-        self.decoder = ActionDecoder(world.backbone, world.layout)
+        self.actor = world.with_stream(config.stream)
+        self.decoder = ActionDecoder(world.backbone, self.actor.layout)
         cameras, objects = world.config.cameras, bool(world.config.objects)
         tokens = encode_dataset(chosen, world.frames, cameras, out / "imitated.safetensors", objects=objects)
-        train, held_out = tokens.split(config.held_out)
-        self.train, self.held_out = Decisions.build(world, train), Decisions.build(world, held_out)
+        parts = tokens.split(config.held_out)
+        if config.stream == "numbers":
+            parts = (parts[0].without_frames(), parts[1].without_frames())
+        self.train, self.held_out = (Decisions.build(world, part) for part in parts)
+        self.paths = [world.path(name) for name in world.config.paths]
         self.windows: WorldData | None = None
         if config.world_windows and config.world_weight:
             tokens = encode_dataset(store, world.frames, cameras, out / "tokens.safetensors", objects=objects)
             self.windows = prepare_data(world, tokens, config.world.held_out)
-        self.paths = [world.path(name) for name in world.config.paths]
+            self.numbers = NumberTraining(world, self.windows, config.world, self.paths)
 
     def loss(self, step: int, generator: torch.Generator) -> LossOutput:
         """Of one batch of decisions, and of the windows beside them."""
         world, config = self.world, self.config
-        situations, bins_BA = self.train.sample(world, config.batch, config, generator)
+        situations, bins_BA = self.train.sample(self.actor, config.batch, config, generator)
         imitation, tokens = self._imitation(situations, bins_BA)
         if self.windows is None:
             return LossOutput(imitation, {"action": imitation.detach()}, tokens)
@@ -276,6 +288,7 @@ class _Learner:
         batch = batch.to(world.device)
         if self.paths:
             own = dida_loss(world, batch, config.world, self.paths, generator)
+            own = self.numbers.mix(own, generator)
         else:
             own = next_token_loss(world, batch, config.world, generator)
         logs = {f"world/{name}": value for name, value in own.logs.items() if name != "action"}
@@ -289,7 +302,7 @@ class _Learner:
         generator = torch.Generator().manual_seed(0)
         right, error, entropy, loss = [], [], [], []
         for _ in range(max(1, HELD_OUT_DECISIONS // config.batch)):
-            situations, bins_BA = self.held_out.sample(world, config.batch, config, generator, noise=False)
+            situations, bins_BA = self.held_out.sample(self.actor, config.batch, config, generator, noise=False)
             logits_BAV, bins_BA = self._logits(situations, bins_BA)
             loss.append(ordinal_cross_entropy(logits_BAV, bins_BA, config.smoothing))
             off_BA = (logits_BAV.argmax(-1) - bins_BA).abs()
@@ -305,7 +318,7 @@ class _Learner:
         }
         if self.windows is not None:
             judge = Judge(world, self.windows, config.world)
-            found_too = judge.parallel() if self.paths else judge.next_token()
+            found_too = judge.parallel() | self.numbers.figures() if self.paths else judge.next_token()
             figures |= {f"world/{name}": value for name, value in found_too.items()}
         return figures
 
@@ -319,6 +332,6 @@ class _Learner:
         logits, chosen = [], []
         for rows, part in by_length(situations):
             here = bins_BA[rows].to(self.world.device)
-            logits.append(self.decoder.logits(past_embeds(self.world, part), here))
+            logits.append(self.decoder.logits(past_embeds(self.actor, part), here))
             chosen.append(here)
         return torch.cat(logits), torch.cat(chosen)

@@ -71,6 +71,9 @@ class WorldTraining:
     """DiDA: windows whose states the next-token model samples itself, once before training; half of every batch is then
     drawn from them (Emu3.5's self-distillation). Off by default: it pays where the data are few or the futures so many
     that one pass averages over them, and a simulator gives data for less."""
+    number_windows: int = 0
+    """DiDA: windows of numbers alone beside those of ``batch``, for a model with an eye [windows]; 0 leaves that stream
+    untrained."""
     subgoal_share: float = 0.25
     """Share of a batch's windows that are of subtasks and their keyframes, in [0, 1); 0 trains without them."""
     subgoal_steps: int = 2
@@ -82,7 +85,7 @@ class WorldTraining:
         Raises:
             ValueError: naming the field and its range.
         """
-        for name in ("own_steps", "distilled_windows"):
+        for name in ("own_steps", "distilled_windows", "number_windows"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, it has to be at least 0")
         for name in ("own_share", "source_share", "context_noise"):

@@ -7,8 +7,9 @@ import torch
 
 from emu_embodied.data.batches import WindowBatch, encode_dataset
 from emu_embodied.decode.autoregressive import SequentialDecoder
-from emu_embodied.train.adapt import dida_loss, train_dida
+from emu_embodied.train.adapt import train_dida
 from emu_embodied.train.noise import noisy_logits, sample_times
+from emu_embodied.train.parallel import dida_loss
 from emu_embodied.train.pretrain import WorldData, next_token_loss, prepare_data
 from emu_embodied.train.rollout import imagined, own_samples, self_fed, with_own_samples
 from emu_embodied.train.windows import window_tokens

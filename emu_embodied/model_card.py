@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from emu_embodied.files import write_atomically, write_json
 from emu_embodied.models.checkpoints import read_config, read_folder_shapes
-from emu_embodied.policies.evaluate import proposed
 from emu_embodied.world_config import WorldModelConfig
 
 CARD = "MODEL_CARD.md"
@@ -233,7 +232,13 @@ def _where(row: dict[str, Any]) -> str:
 
 
 def _who(row: dict[str, Any]) -> str:
-    return str(row.get("control", row["policy"])) + proposed(row["settings"])
+    return str(row.get("control", row["policy"])) + searched(row["settings"])
+
+
+def searched(settings: Mapping[str, Any]) -> str:
+    """What a search had beside its objective, to be put behind its name: proposals, a shorter stream, or nothing."""
+    share = settings.get("budget", {}).get("proposals", 0) if "acting" in settings else 0
+    return (f", {100 * share:.0f} % proposed" if share else "") + (", in numbers" if "stream" in settings else "")
 
 
 def _limits(config: WorldModelConfig, measured: dict[str, Any]) -> list[str]:

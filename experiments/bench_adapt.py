@@ -21,9 +21,9 @@ from emu_embodied.experiments.untrained import random_windows, untrained
 from emu_embodied.files import write_json
 from emu_embodied.presets import preset
 from emu_embodied.provenance import make_meta, meta_dict
-from emu_embodied.train.adapt import dida_loss
 from emu_embodied.train.loop import LossOutput
 from emu_embodied.train.optimizers import build_optimizer
+from emu_embodied.train.parallel import dida_loss
 from emu_embodied.train.pretrain import WorldTraining, next_token_loss
 
 

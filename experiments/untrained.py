@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from emu_embodied.data.batches import WindowBatch
 from emu_embodied.models.ibq import IBQ
 from emu_embodied.models.transformer import EmuForCausalLM
 from emu_embodied.presets import Preset
-from emu_embodied.records import Field
+from emu_embodied.records import Field, Observation
 from emu_embodied.tokens.frames import IBQFrameTokenizer
 from emu_embodied.world_config import WorldModelConfig
 from emu_embodied.world_model import WorldModel
@@ -44,6 +45,15 @@ def untrained(row: Preset, *, paths: tuple[str, ...] = (), seed: int = 0) -> Wor
         backbone = EmuForCausalLM(row.backbone(ACTION_DIM))
         ibq = IBQ(row.ibq)
     return WorldModel(config, backbone, IBQFrameTokenizer(ibq))
+
+
+def random_observation(world: WorldModel, seed: int = 0) -> Observation:
+    """A picture of noise, proprio in the middle of its range."""
+    config, generator = world.config, torch.Generator().manual_seed(seed)
+    shape = (config.image_size, config.image_size, 3)
+    frames = {camera: torch.randint(256, shape, generator=generator).byte().numpy() for camera in config.cameras}
+    middle = np.array([(field.low + field.high) / 2 for field in config.proprio], np.float32)
+    return Observation(frames, middle, "push")
 
 
 def random_windows(world: WorldModel, count: int, seed: int = 0) -> WindowBatch:

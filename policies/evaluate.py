@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from emu_embodied.files import write_json
 from emu_embodied.metrics.intervals import wilson
+from emu_embodied.model_card import searched
 from emu_embodied.policies.episode import EpisodeSimulator, run_episode
 from emu_embodied.policies.registry import PolicySpec
 from emu_embodied.protocols import Policy
@@ -350,7 +351,7 @@ def format_table(rows: Sequence[BenchRow]) -> str:
         (
             row.env,
             row.policy,
-            str(row.settings.get("objective", "")) + proposed(row.settings),
+            str(row.settings.get("objective", "")) + searched(row.settings),
             str(row.episodes),
             f"{100 * row.success:.0f} %",
             f"{100 * row.ci95[0]:.0f} to {100 * row.ci95[1]:.0f} %",
@@ -371,9 +372,3 @@ def format_table(rows: Sequence[BenchRow]) -> str:
 
     rule = [("-" * width if column < left else "-" * (width - 1) + ":") for column, width in enumerate(widths)]
     return "\n".join([line(cells[0]), line(rule), *(line(texts) for texts in cells[1:])])
-
-
-def proposed(settings: Mapping[str, Any]) -> str:
-    """How many of the first candidates the policy proposed, to be put behind a row's name; empty where none."""
-    share = settings.get("budget", {}).get("proposals", 0) if "acting" in settings else 0
-    return f", {100 * share:.0f} % proposed" if share else ""

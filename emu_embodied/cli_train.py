@@ -316,6 +316,7 @@ class TrainPolicy(_Stage):
             **{name: value for name, value in given.items() if value is not None},
         )
         world = WorldModel.from_pretrained(source)
+        world.with_stream(self.stream)  # what it does not know is refused before anything is written
         if "numbers" in world.config.streams:
             windows = config.world_windows if self.number_windows is None else self.number_windows
             config = replace(config, world=replace(config.world, number_windows=windows))

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from emu_embodied.acting import Actor
+from emu_embodied.cli import main
 from emu_embodied.decode.grammar import expected_bin, state_logits
+from emu_embodied.model_card import searched
 from emu_embodied.models.masks import causal_then_parallel
+from emu_embodied.policies.evaluate import policy_settings
 from emu_embodied.policies.guides import TokenGuide
 from emu_embodied.policies.planning import ImaginedSource
 from emu_embodied.policies.registry import PolicySpec, make_policy
@@ -120,6 +123,22 @@ def test_numbers_are_not_compared_with_pictures(pictures, spoilt):
         make_policy(spec, PointMass(), world_model=pictures.with_stream("numbers"))
 
 
+def test_a_row_names_the_stream_it_imagined_in(tmp_path, monkeypatch):
+    from emu_embodied.policies import registry
+
+    asked = []
+    monkeypatch.setattr(registry, "_load_world_model", lambda *key: asked.append(key))
+    monkeypatch.setattr(registry, "check_fits", lambda *_: None)
+    monkeypatch.setattr(registry, "make_policy", lambda *_, **__: None)
+    spec = PolicySpec(name="imagined", objective="objects", stream="numbers")
+    spec.build(None, 0)
+    assert asked == [("nano", "cpu", "numbers")]
+    assert policy_settings(spec, 0)["stream"] == "numbers"
+    assert searched(policy_settings(spec, 0)) == ", in numbers"
+    # Rows measured before there were two streams stay what they were.
+    assert "stream" not in policy_settings(replace(spec, stream="pictures"), 0)
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +200,19 @@ def test_a_policy_in_numbers_looks_at_no_codes(trained, store, tmp_path, monkeyp
         proposals = guide.proposals(source.dynamics(), generator())
         block = proposals(tiny.plans(3, 1), generator(1))
         assert block.shape == (3, tiny.BLOCK, tiny.ACTIONS)
+
+
+def test_a_policy_keeps_the_numbers_it_was_taught(trained, store, tmp_path, capsys):
+    flags = f"--data {store.folder} --steps 2 --batch 4 --world-windows 2"
+    assert main(f"train policy {flags} --init {trained} --out {tmp_path / 'both'}".split()) == 0
+    assert "world/numbers/proprio" in (tmp_path / "both" / "train_policy.jsonl").read_text()
+    tiny.make_world(objects=tiny.OBJECTS).save_pretrained(tmp_path / "pictures")
+    flags += f" --init {tmp_path / 'pictures'} --out {tmp_path / 'refused'}"
+    assert main(f"train policy {flags} --number-windows 2".split()) == 2
+    assert "does not know the stream of numbers" in capsys.readouterr().err
+    assert main(f"train policy {flags} --stream numbers".split()) == 2
+    assert "train dida --number-windows" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
 
 
 def test_a_policy_that_looks_at_pictures_needs_them_imagined(pictures):

@@ -174,10 +174,11 @@ class Actor:
         Args:
             before: the last situations.
             actions_BKA: [B, K, A].
-            codes_BN: frame codes.
+            codes_BN: frame codes, not looked at by a policy in numbers.
             proprio_BP: proprio bins, and behind them those of the objects.
             text_BL: the instruction's segment, if it has changed.
         """
+        codes_BN = codes_BN[:, : before.codes_BTN.shape[-1]]
         actions = torch.as_tensor(actions_BKA, dtype=torch.float32, device=before.actions_BTKA.device)
         length = before.length_B + 1
         return Situations(

@@ -182,6 +182,7 @@ class RL:
         imaginer = None
         if self.loop == "imagined":
             imaginer = WorldModel.from_pretrained(self.world or self.checkpoint, device=device)
+            imaginer = imaginer.with_stream(world.config.policy_stream)  # it goes on from what the policy looks at
         inherit_meta(folder, self.out, "rl")
         progress = _Progress(settings.config.rollouts)
         result = train_rl(

@@ -88,10 +88,12 @@ class TokenGuide:
         """The situations that beginnings of plans lead to."""
         imagination = dynamics.imagine(done_ShKA, generator)
         codes_ShN = imagination.tokens_SHN
-        if self.actor.world.config.stream == "numbers":
+        if codes_ShN is None:
+            if self.actor.world.config.stream == "pictures":
+                raise ValueError(
+                    "the token policy looks at frames: imagine them, or give TrueDynamics a tokenize function"
+                )
             codes_ShN = torch.zeros(*done_ShKA.shape[:2], 0, dtype=torch.long)
-        elif codes_ShN is None:
-            raise ValueError("the token policy looks at frames: imagine them, or give TrueDynamics a tokenize function")
         numbers_ShP = imagination.proprio_SHP
         if self.actor.world.config.objects:
             if imagination.objects_SHO is None:

@@ -66,38 +66,45 @@ panda() {
     measure "$final" PandaReach-v0 PandaPush-v0 PandaPickPlace-v0
 }
 
-# Push-T (needs the extra `suites`). 49 min, the data 20 min.
+# Push-T (needs the extra `suites`). 71 min, the data 20 min.
 pusht() {
-    data=$out/data final=$out/pusht mixture=expert=0.35,noisy=0.3,random=0.1,play=0.25
+    data=$out/data first=$out/first final=$out/pusht mixture=expert=0.35,noisy=0.3,random=0.1,play=0.25
     run data collect --suite pusht --episodes 600 --mixture "$mixture" --out "$data" --seed 0
-    run tokenizer train tokenizer --preset pusht --data "$data" --out "$final" --batch 16 --steps 30000 \
+    run tokenizer train tokenizer --preset pusht --data "$data" --out "$first" --batch 16 --steps 30000 \
         --max-minutes 6 --resume
     run more collect --suite pusht --episodes 1000 --mixture "$mixture" --out "$data" --seed 0
-    run eye train eye --preset pusht --data "$data" --out "$final" --steps 20000 --max-minutes 5 --resume
-    run world train world --preset pusht --data "$data" --out "$final" --batch 4 --steps 20000 --max-minutes 4 \
+    run eye train eye --preset pusht --data "$data" --out "$first" --steps 20000 --max-minutes 5 --resume
+    run world train world --preset pusht --data "$data" --out "$first" --batch 4 --steps 20000 --max-minutes 4 \
         --subgoal-share 0 --resume
-    run dida train dida --preset pusht --data "$data" --out "$final" --path state_coupled --batch 4 --steps 20000 \
+    run dida train dida --preset pusht --data "$data" --out "$first" --path state_coupled --batch 4 --steps 20000 \
         --max-minutes 34 --subgoal-share 0 --resume
+    run numbers train dida --preset pusht --data "$data" --init "$first" --out "$final" --path state_coupled --batch 2 \
+        --number-windows 32 --learning-rate 2e-3 --steps 20000 --max-minutes 22 --subgoal-share 0 --resume
     measure "$final" PushT
 }
 
-# Nine of Meta-World's tasks, 36,000 env steps of each (needs the extra `suites`). 47 min, the data 27 min.
+# Nine of Meta-World's tasks, 36,000 env steps of each (needs the extra `suites`). 82 min, the data 27 min.
 metaworld() {
-    data=$out/data final=$out/metaworld tasks=
+    data=$out/data first=$out/first second=$out/second final=$out/metaworld tasks=
     for task in reach reach-wall drawer-close button-press-topdown-wall coffee-push door-lock hammer handle-pull-side \
         plate-slide; do
         tasks=${tasks:+$tasks,}MetaWorld/$task-v3
     done
     run data collect --env "$tasks" --episodes 1620 --mixture expert=0.35,noisy=0.35,random=0.1,play=0.2 --workers 1 \
         --out "$data" --seed 0
-    run tokenizer train tokenizer --preset metaworld --data "$data" --out "$final" --batch 16 --steps 30000 \
+    run tokenizer train tokenizer --preset metaworld --data "$data" --out "$first" --batch 16 --steps 30000 \
         --max-minutes 7 --resume
-    run eye train eye --preset metaworld --data "$data" --out "$final" --steps 20000 --max-minutes 8 --resume
-    run world train world --preset metaworld --data "$data" --out "$final" --batch 4 --steps 20000 --max-minutes 4 \
+    run eye train eye --preset metaworld --data "$data" --out "$first" --steps 20000 --max-minutes 8 --resume
+    run world train world --preset metaworld --data "$data" --out "$first" --batch 4 --steps 20000 --max-minutes 4 \
         --subgoal-share 0 --resume
-    run dida train dida --preset metaworld --data "$data" --out "$final" --path state_coupled --batch 4 --steps 20000 \
+    run dida train dida --preset metaworld --data "$data" --out "$first" --path state_coupled --batch 4 --steps 20000 \
         --max-minutes 24 --subgoal-share 0 --resume
-    run reward train reward --preset metaworld --data "$data" --out "$final" --steps 20000 --max-minutes 4 --resume
+    run reward train reward --preset metaworld --data "$data" --out "$first" --steps 20000 --max-minutes 4 --resume
+    run numbers train dida --preset metaworld --data "$data" --init "$first" --out "$second" --path state_coupled \
+        --batch 1 --number-windows 32 --learning-rate 2e-3 --steps 20000 --max-minutes 17 --subgoal-share 0 --resume
+    run policy train policy --preset metaworld --data "$data" --init "$second" --out "$final" --stream numbers \
+        --optimizer muon --learning-rate 2e-3 --batch 96 --world-windows 1 --number-windows 8 --steps 20000 \
+        --max-minutes 18 --resume
     measure "$final" MetaWorld/reach-v3 MetaWorld/plate-slide-v3
 }
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from emu_embodied.acting import Actor
+from emu_embodied.records import Field
 from emu_embodied.train import adapters
 from emu_embodied.train.grpo import GRPOConfig
 from emu_embodied.train.imagination_loop import ImaginationLoop, fidelity
@@ -26,7 +27,8 @@ from emu_embodied.train.simulators import open_crew
 from emu_embodied.train.teacher_loop import TeacherLoop
 from emu_embodied.train.transitions import transitions
 from emu_embodied.world_model import WorldModel
-from tests.point_mass import STEP
+from tests import tiny
+from tests.point_mass import PIXELS, STEP
 from tests.train.rl_world import CONFIG, NearPoint, make_near, make_policy_world, weights
 
 QUICK = replace(CONFIG, rollouts=12, groups=3, objective=GRPOConfig(group=4), batch=32)
@@ -87,6 +89,20 @@ def test_resumed_is_uninterrupted(tmp_path, loop, config, settings):
     assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(saved).items())
     first = weights(make_policy_world())
     assert any(not torch.equal(w, first[n]) for n, w in weights(whole).items())
+
+
+def test_a_policy_in_numbers_is_reinforced_too(tmp_path):
+    plain, objects = make_policy_world(), (Field("goal_x", "m", -1.0, 1.0),)
+    numbers = {"objects": objects, "streams": ("pictures", "numbers"), "policy_stream": "numbers"}
+    eye = tiny.make_eye(objects, cameras=("front",), image_size=PIXELS)
+    world = WorldModel(replace(plain.config, **numbers), plain.backbone, plain.frames, eye=eye)
+    before = weights(world)
+    settings = RLSettings(env_ids=("PointMass-v0",), loop="policy", config=QUICK)
+    train_rl(settings, world, make_near, tmp_path / "run", resume=False)
+    moved = [name for name, weight in weights(world).items() if not torch.equal(weight, before[name])]
+    assert any("q_proj" in name for name in moved)
+    kept = WorldModel.from_pretrained(tmp_path / "run").config
+    assert (kept.stream, kept.policy_stream) == ("pictures", "numbers")
 
 
 @pytest.mark.parametrize("sampling", ["dida", "autoregressive"])

@@ -227,8 +227,8 @@ class Bench(Search):
             raise ValueError("give --policy, or --protocol")
         episodes = 100 if self.episodes is None else self.episodes
         env_ids = named_envs(self.env, self.suite)
-        own = {"acting": acting, "stream": self.stream}
-        policies = [replace(self._spec(name.strip()), **own) for name in self.policy.split(",")]
+        specs = [self._spec(name.strip()) for name in self.policy.split(",")]
+        policies = [replace(spec, acting=acting, stream=self.stream) for spec in specs]
         kept = read_results(self.json) if self.json.exists() else []
         others = untouched(kept, env_ids, policies, self.seed)
         data_hash, simulators = None, partial(make)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -58,28 +57,14 @@ def state_logits(
     return StateLogits(parts["frame"], proprio, parts["reward"][:, 0], parts["success"][:, 0])
 
 
-_ROUND_THE_END = 1e-3
-"""Share of a move beyond a number's range that goes round to the other end, so that every bin can be come to."""
-
-
 def from_changes(logits: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """Logits [..., bins] of how far a number moves -> logits of the bins it may come to, from bins [...] before.
 
-    The middle entry says that it stays. Moves beyond the range end at its end, as those of things do at a wall, but for
-    a small share that goes round to the other end.
+    The middle entry says that it stays. Counting goes round the end, so that every bin can be come to from every other.
     """
     bins = logits.shape[-1]
-    to = torch.arange(bins, device=logits.device)
-    moved = to - before[..., None]
-    found = logits.gather(-1, (moved + bins // 2) % bins)
-    below, above = moved >= (bins + 1) // 2, moved < -(bins // 2)  # come to by going round, over the low or high end
-    round_the_end = below | above
-    direct = torch.where(round_the_end, found + math.log(_ROUND_THE_END), found)
-    ends = []
-    for beyond, end in ((below, 0), (above, bins - 1)):
-        mass = torch.where(beyond, found, -torch.inf).logsumexp(-1, keepdim=True) + math.log1p(-_ROUND_THE_END)
-        ends.append(torch.where(to == end, mass, -torch.inf))
-    return torch.stack([direct, *ends]).logsumexp(0)
+    moved = torch.arange(bins, device=logits.device) - before[..., None]
+    return logits.gather(-1, (moved + bins // 2) % bins)
 
 
 def expected_bin(logits: torch.Tensor) -> torch.Tensor:

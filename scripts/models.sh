@@ -83,9 +83,9 @@ pusht() {
     measure "$final" PushT
 }
 
-# Nine of Meta-World's tasks, 36,000 env steps of each (needs the extra `suites`). 82 min, the data 27 min.
+# Nine of Meta-World's tasks, 36,000 env steps of each (needs the extra `suites`). 81 min, the data 27 min.
 metaworld() {
-    data=$out/data first=$out/first second=$out/second final=$out/metaworld tasks=
+    data=$out/data first=$out/first final=$out/metaworld tasks=
     for task in reach reach-wall drawer-close button-press-topdown-wall coffee-push door-lock hammer handle-pull-side \
         plate-slide; do
         tasks=${tasks:+$tasks,}MetaWorld/$task-v3
@@ -100,11 +100,8 @@ metaworld() {
     run dida train dida --preset metaworld --data "$data" --out "$first" --path state_coupled --batch 4 --steps 20000 \
         --max-minutes 24 --subgoal-share 0 --resume
     run reward train reward --preset metaworld --data "$data" --out "$first" --steps 20000 --max-minutes 4 --resume
-    run numbers train dida --preset metaworld --data "$data" --init "$first" --out "$second" --path state_coupled \
-        --batch 1 --number-windows 32 --learning-rate 2e-3 --steps 20000 --max-minutes 17 --subgoal-share 0 --resume
-    run policy train policy --preset metaworld --data "$data" --init "$second" --out "$final" --stream numbers \
-        --optimizer muon --learning-rate 2e-3 --batch 96 --world-windows 1 --number-windows 8 --steps 20000 \
-        --max-minutes 18 --resume
+    run policy train policy --preset metaworld --data "$data" --init "$first" --out "$final" --optimizer muon \
+        --learning-rate 2e-3 --batch 32 --world-windows 2 --steps 20000 --max-minutes 34 --resume
     measure "$final" MetaWorld/reach-v3 MetaWorld/plate-slide-v3
 }
 

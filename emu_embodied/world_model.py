@@ -302,7 +302,7 @@ class WorldModel:
             ValueError: if the imagination holds no frame tokens.
         """
         if imagination.tokens_SHN is None:
-            raise ValueError("there is nothing to picture: a simulator ran without rendering, or a model in numbers")
+            raise ValueError("no frame tokens to picture: a simulator ran without rendering, or a model in numbers")
         chosen = imagination.tokens_SHN[list(plans)][:, list(horizons)]
         per_camera = chosen.unflatten(-1, (len(self.config.cameras), self.config.camera_tokens))
         rendered = {}

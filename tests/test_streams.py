@@ -56,7 +56,7 @@ def test_imagination_has_no_pictures_and_all_the_rest(numbers):
     assert found.tokens_SHN is None
     assert [getattr(found, name).shape for name in NAMES] == [(3, 6, 3), (3, 6, 2), (3, 6), (3, 6)]
     assert not torch.allclose(found.objects_SHO[0], found.objects_SHO[1])
-    with pytest.raises(ValueError, match="nothing to picture"):
+    with pytest.raises(ValueError, match="no frame tokens"):
         numbers.render(found, [0], [0])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,9 @@ def _what(folder: Path, config: WorldModelConfig, *, acts: bool) -> list[str]:
     ]
     if config.objects:
         facts.append(f"Reads where things are, and foretells it: {', '.join(field.name for field in config.objects)}.")
+    if "numbers" in config.streams:
+        tokens = replace(config, stream="numbers").layout.state_tokens
+        facts.append(f"Also imagines in numbers alone, {tokens} tokens a state (`--stream numbers`).")
     if acts:
         facts.append(
             "Acts by itself, cloned from scripted experts (`token`), and proposes to planners (`--proposals`)."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,15 @@ def test_measurements_are_kept_and_shown(folder, tmp_path) -> None:
     card = write_card(folder, weights, [better], [newer]).read_text()
     assert "90 %" in card and "50 %" not in card and "| random |" in card and "reads off by" not in card
     assert card == render_card(folder)
+
+
+def test_a_card_names_the_shorter_stream_where_it_is_known(folder) -> None:
+    card = render_card(folder)
+    assert "in numbers alone" not in card
+    config = json.loads((folder / "world.json").read_text())
+    objects = [asdict(field) for field in tiny.OBJECTS]
+    write_json(folder / "world.json", config | {"streams": ["pictures", "numbers"], "objects": objects})
+    assert "Also imagines in numbers alone, 9 tokens a state" in render_card(folder)
 
 
 def test_rows_of_a_protocol_and_of_a_guided_planner_are_told_apart(folder, tmp_path) -> None:

@@ -243,12 +243,14 @@ class TrainDida(_WorldStage):
         world = WorldModel.from_pretrained(source)
         paths = asked or world.config.paths or ("uniform",)
         print(f"adapting: {source}, noise: {', '.join(paths)}")
-        inherit_meta(checkpoint_folder(source), self.out)
         given = {name: getattr(self, name) for name in ("own_steps", "distilled_windows", "number_windows")}
-        config = replace(self._training(), **given)
-        result = train_dida(
-            store, world, config, self.out, resume=self.resume, paths=paths, subtasks=subtasks, eye=read_eye(self.out)
-        )
+        config, eye = replace(self._training(), **given), read_eye(self.out)
+        if self.number_windows and world.eye is None and eye is None:
+            raise ValueError(
+                f"{source} has no eye, so --number-windows would teach nothing of the scene: train eye first"
+            )
+        inherit_meta(checkpoint_folder(source), self.out)
+        result = train_dida(store, world, config, self.out, resume=self.resume, paths=paths, subtasks=subtasks, eye=eye)
         return self._report(
             result, f"adapted world model in {self.out}; next: emu-embodied plan --checkpoint {self.out}"
         )

@@ -215,6 +215,13 @@ def test_a_policy_keeps_the_numbers_it_was_taught(trained, store, tmp_path, caps
     assert not (tmp_path / "refused").exists()
 
 
+def test_windows_of_numbers_need_an_eye(store, tmp_path, capsys):
+    tiny.make_world().save_pretrained(tmp_path / "blind")
+    flags = f"--data {store.folder} --init {tmp_path / 'blind'} --out {tmp_path / 'out'} --number-windows 4"
+    assert main(f"train dida {flags}".split()) == 2
+    assert "has no eye" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_policy_that_looks_at_pictures_needs_them_imagined(pictures):
     source, guide = ImaginedSource(pictures.with_stream("numbers")), TokenGuide(Actor(pictures))
     for follower in (source, guide):

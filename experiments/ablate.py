@@ -12,6 +12,7 @@ python -m emu_embodied.experiments.ablate --data runs/panda --tokenizer runs/nan
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -21,6 +22,7 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
+from emu_embodied.data.batches import encode_dataset
 from emu_embodied.data.episodes import EpisodeStore
 from emu_embodied.data.recording import record_episode
 from emu_embodied.envs.registry import check_env_id, make
@@ -59,6 +61,9 @@ VARIANTS: dict[str, Switch] = {
     "no context noise": _training(context_noise=0.0),
     "own steps": _training(own_steps=2),
     "no objects": lambda training: training,  # it gets no eye
+    "numbers as places": _training(changes=False),
+    "AdamW": lambda training: replace(training, loop=replace(training.loop, optimizer="adamw", learning_rate=1.5e-3)),
+    "one noise level a window": _training(async_times=False),
     "no pure noise": _training(source_share=0.0),
     "pure noise only": _training(source_share=1.0),
     "reward weighs 0.5": _weights(reward=0.5),
@@ -162,6 +167,12 @@ def train_variant(config: Ablate, name: str, store: EpisodeStore, folder: Path) 
     training = VARIANTS[name](config.training)
     frames = IBQFrameTokenizer.from_pretrained(config.tokenizer)
     shares = {"world": config.next_token, "dida": 1 - config.next_token}
+    codes = config.out / "tokens.safetensors"
+    frames.ibq.to(pick_device(config.device))
+    encode_dataset(store, frames, row.cameras, codes)  # once for all variants; each stage reads a copy
+    for stage in shares:
+        (folder / stage).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(codes, folder / stage / codes.name)
     loops = {
         stage: replace(training.loop, max_minutes=config.minutes * share, seed=config.seed, device=config.device)
         for stage, share in shares.items()

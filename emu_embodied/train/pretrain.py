@@ -48,6 +48,9 @@ class WorldTraining:
     object_noise: float = 2.0
     """Largest standard deviation of what a window is shown of the objects' places [bins]: in use they are what the eye
     reads off a frame, not the truth."""
+    changes: bool = True
+    """Whether a new model reads its numbers out as moves from the state before, not as places
+    (``WorldModelConfig.changes``)."""
     held_out: float = 0.05
     """Share of episodes kept for evaluation."""
     noise_shift: float = 3.0
@@ -130,6 +133,8 @@ def new_world(
     tokens: TokenDataset,
     seed: int,
     eye: Eye | None = None,
+    *,
+    changes: bool = True,
 ) -> WorldModel:
     """An untrained world model that fits a dataset, and knows of the objects that its eye reads."""
     spec = store.spec
@@ -150,7 +155,7 @@ def new_world(
         reward_bins=preset.reward_bins,
         context_states=preset.context_states,
         max_states=preset.max_states,
-        changes=True,
+        changes=changes,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # module initialisers know only the global generator
@@ -235,7 +240,7 @@ def train_world(
     _check_out(out, resume)
     frames.ibq.to(pick_device(config.loop.device))
     tokens = encode_dataset(store, frames, preset.cameras, out / "tokens.safetensors", objects=eye is not None)
-    world = new_world(store, preset, frames, tokens, config.loop.seed, eye)
+    world = new_world(store, preset, frames, tokens, config.loop.seed, eye, changes=config.changes)
     data = prepare_data(world, tokens, config.held_out)
     subgoals = SubgoalTraining(world, data, config, subtasks)
     world.config = replace(world.config, subgoals=subgoals.steps)

@@ -70,6 +70,8 @@ def test_a_variant_changes_one_thing() -> None:
     assert changed["as it is"] == changed["no objects"] == plain
     assert changed["changed tokens weigh 1"].weights == replace(plain.weights, changed=1.0)
     assert changed["no context noise"] == replace(plain, context_noise=0.0)
+    assert changed["numbers as places"] == replace(plain, changes=False)
+    assert changed["AdamW"].loop.optimizer == "adamw" != plain.loop.optimizer
     assert changed["own steps"] == replace(plain, own_steps=2)
     assert changed["reward weighs 0.5"].weights == replace(plain.weights, reward=0.5)
     others = [training for name, training in changed.items() if name not in ("as it is", "no objects")]

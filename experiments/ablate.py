@@ -12,6 +12,7 @@ python -m emu_embodied.experiments.ablate --data runs/panda --tokenizer runs/nan
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -57,6 +58,7 @@ def _training(**changes: Any) -> Switch:
 
 VARIANTS: dict[str, Switch] = {
     "as it is": lambda training: training,
+    "another seed": lambda training: replace(training, loop=replace(training.loop, seed=training.loop.seed + 1)),
     "changed tokens weigh 1": _weights(changed=1.0),
     "no context noise": _training(context_noise=0.0),
     "own steps": _training(own_steps=2),
@@ -69,7 +71,7 @@ VARIANTS: dict[str, Switch] = {
     "reward weighs 0.5": _weights(reward=0.5),
     "reward weighs 4": _weights(reward=4.0),
 }
-"""Name -> what is changed of the training."""
+"""Name -> what is changed of the training. Another seed changes nothing: what it moves is chance."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,24 +149,29 @@ def ablate(config: Ablate) -> list[dict[str, Any]]:
     rows = []
     for name in tqdm(names, desc="variants", unit="variant"):
         folder = config.out / name.replace(" ", "_")
+        training = VARIANTS[name](replace(config.training, loop=replace(config.training.loop, seed=config.seed)))
         key = {"variant": name, "data": store.data_hash, "preset": config.preset, "minutes": config.minutes}
-        key |= {"next_token": config.next_token, "path": config.path, "seed": config.seed}
-        key["training"] = asdict(VARIANTS[name](config.training))
-        trained = cells.get(key, partial(train_variant, config, name, store, folder))
+        key |= {"next_token": config.next_token, "path": config.path, "training": asdict(training)}
+        trained = cells.get(key, partial(train_variant, config, name, training, store, folder, key))
         for env_id in env_ids:
-            asked = {"variant": name, "env": env_id, "weights": trained["weights"], "eval_seed": config.eval_seed}
-            asked |= {name: getattr(config, name) for name in ("episodes", "blocks", "horizon", "scenes", "plans")}
-            asked |= {"planned": config.planned, "objective": config.objective, "budget": asdict(config.budget)}
-            scored = cells.get(asked, partial(score, config, env_id, folder))
+            scored = score(config, cells, {"variant": name, "env": env_id, "weights": trained["weights"]}, folder)
             rows.append({**trained, **scored, "variant": name, "env": env_id})
     return rows
 
 
-def train_variant(config: Ablate, name: str, store: EpisodeStore, folder: Path) -> dict[str, Any]:
-    """Both stages; each goes on where it was stopped. Returns the weights' hash and how far training came."""
+def train_variant(
+    config: Ablate, name: str, training: WorldTraining, store: EpisodeStore, folder: Path, key: dict[str, Any]
+) -> dict[str, Any]:
+    """Both stages; each goes on where it was stopped. Returns the weights' hash and how far training came.
+
+    Raises:
+        ValueError: if the folder holds what was trained in another way.
+    """
+    asked = json.dumps(key, indent=2)
+    if (folder / "asked.json").exists() and (folder / "asked.json").read_text() != asked:
+        raise ValueError(f"{folder} holds a variant that was trained in another way: give another --out")
     eye = None if config.eye is None or name == "no objects" else Eye.from_pretrained(config.eye)
     row = preset(config.preset)
-    training = VARIANTS[name](config.training)
     frames = IBQFrameTokenizer.from_pretrained(config.tokenizer)
     shares = {"world": config.next_token, "dida": 1 - config.next_token}
     codes = config.out / "tokens.safetensors"
@@ -173,8 +180,9 @@ def train_variant(config: Ablate, name: str, store: EpisodeStore, folder: Path) 
     for stage in shares:
         (folder / stage).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(codes, folder / stage / codes.name)
+    write_atomically(folder / "asked.json", lambda aside: aside.write_text(asked))
     loops = {
-        stage: replace(training.loop, max_minutes=config.minutes * share, seed=config.seed, device=config.device)
+        stage: replace(training.loop, max_minutes=config.minutes * share, device=config.device)
         for stage, share in shares.items()
     }
     first, second = (folder / stage for stage in shares)
@@ -202,59 +210,82 @@ def _steps(folder: Path, stage: str) -> int:
     return int(read_config(folder, "meta.json")[stage]["extra"]["steps"])
 
 
-def score(config: Ablate, env_id: str, folder: Path) -> dict[str, Any]:
-    """What a variant knows, and what a planner makes of it."""
-    checkpoint = folder / "dida"
-    world = WorldModel.from_pretrained(checkpoint, device=str(pick_device(config.device)))
-    image_size = world.config.image_size
+def score(config: Ablate, cells: Cells, variant: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What a variant knows, how it tells plans apart, and what a planner makes of it: a cell each."""
+    key = variant | {"eval_seed": config.eval_seed}
+    checkpoint, env_id = folder / "dida", variant["env"]
     figures: dict[str, Any] = {}
     if config.episodes:
-        steps = world.block * config.blocks
-        simulator = make(env_id, max_episode_steps=steps, image_size=image_size)
-        episodes = record_fresh(simulator, BEHAVIOURS, record_episode, env_id, config.episodes, config.eval_seed)
-        fields = (simulator.proprio_fields, simulator.object_fields)
-        simulator.close()
-        found = inspect_world(world, episodes, fields, config.horizon, seed=config.eval_seed)
-        last = found.ahead[-1]
-        figures |= {"action_sensitivity_db": found.sensitivity, "psnr": last.psnr}
-        figures |= {f"{place}_error": error for place, error in last.errors.items()}
-        figures |= {f"{place}_seen": error for place, error in found.ahead[0].errors.items() if place != found.gripper}
-        for kind in ("hidden", "readout"):
-            probe = found.score(kind, found.object)
-            figures[f"object_from_{kind}"] = None if probe is None else probe.error
+        asked = key | {name: getattr(config, name) for name in ("episodes", "blocks", "horizon")}
+        figures |= cells.get(asked, partial(inspected, config, env_id, checkpoint))
     if config.scenes:
-        simulator = make(env_id, image_size=image_size)
-        compared = {name: BEHAVIOURS[name] for name in ("random", "noisy")}
-        scenes = record_scenes(
-            simulator,
-            compared,
-            scenes=config.scenes,
-            plans=config.plans,
-            horizon=config.budget.horizon,
-            seed=config.eval_seed,
-        )
-        simulator.close()
-        scores = score_plans(world, scenes, seed=config.eval_seed)
-        figures |= {"plan_correlation": scores.correlation, "plan_gain": scores.gain}
-        figures["plan_correlation_random"] = scores.within.get("random")
+        asked = key | {"scenes": config.scenes, "plans": config.plans, "of_blocks": config.budget.horizon}
+        figures |= cells.get(asked, partial(told_apart, config, env_id, checkpoint))
     if config.planned:
-        spec = PolicySpec(
-            name="imagined",
-            checkpoint=str(checkpoint),
-            objective=config.objective,
-            budget=config.budget,
-            device=str(pick_device(config.device)),
-        )
-        results = run_episodes(
-            env_id,
-            spec.build,
-            seeds=range(config.eval_seed, config.eval_seed + config.planned),
-            make_simulator=partial(make, image_size=image_size),
-            label=f"{folder.name} {env_id}",
-        )
-        row = summarise(env_id, "imagined", results)
-        figures |= {"success": row.success, "ci95": row.ci95}
+        asked = key | {"planned": config.planned, "objective": config.objective, "budget": asdict(config.budget)}
+        figures |= cells.get(asked, partial(planned, config, env_id, checkpoint))
     return figures
+
+
+def _load(config: Ablate, checkpoint: Path) -> WorldModel:
+    return WorldModel.from_pretrained(checkpoint, device=str(pick_device(config.device)))
+
+
+def inspected(config: Ablate, env_id: str, checkpoint: Path) -> dict[str, Any]:
+    """``inspect``'s figures, of fresh episodes."""
+    world = _load(config, checkpoint)
+    simulator = make(env_id, max_episode_steps=world.block * config.blocks, image_size=world.config.image_size)
+    episodes = record_fresh(simulator, BEHAVIOURS, record_episode, env_id, config.episodes, config.eval_seed)
+    fields = (simulator.proprio_fields, simulator.object_fields)
+    simulator.close()
+    found = inspect_world(world, episodes, fields, config.horizon, seed=config.eval_seed)
+    last = found.ahead[-1]
+    figures: dict[str, Any] = {"action_sensitivity_db": found.sensitivity, "psnr": last.psnr}
+    figures |= {f"{place}_error": error for place, error in last.errors.items()}
+    figures |= {f"{place}_seen": error for place, error in found.ahead[0].errors.items() if place != found.gripper}
+    for kind in ("hidden", "readout"):
+        probe = found.score(kind, found.object)
+        figures[f"object_from_{kind}"] = None if probe is None else probe.error
+    return figures
+
+
+def told_apart(config: Ablate, env_id: str, checkpoint: Path) -> dict[str, Any]:
+    """Whether the predicted reward tells the better of plans of one state."""
+    world = _load(config, checkpoint)
+    simulator = make(env_id, image_size=world.config.image_size)
+    compared = {name: BEHAVIOURS[name] for name in ("random", "noisy")}
+    scenes = record_scenes(
+        simulator,
+        compared,
+        scenes=config.scenes,
+        plans=config.plans,
+        horizon=config.budget.horizon,
+        seed=config.eval_seed,
+    )
+    simulator.close()
+    scores = score_plans(world, scenes, seed=config.eval_seed)
+    figures: dict[str, Any] = {"plan_correlation": scores.correlation, "plan_gain": scores.gain}
+    return figures | {"plan_correlation_random": scores.within.get("random")}
+
+
+def planned(config: Ablate, env_id: str, checkpoint: Path) -> dict[str, Any]:
+    """How often a planner succeeds."""
+    spec = PolicySpec(
+        name="imagined",
+        checkpoint=str(checkpoint),
+        objective=config.objective,
+        budget=config.budget,
+        device=str(pick_device(config.device)),
+    )
+    results = run_episodes(
+        env_id,
+        spec.build,
+        seeds=range(config.eval_seed, config.eval_seed + config.planned),
+        make_simulator=partial(make, image_size=_load(config, checkpoint).config.image_size),
+        label=f"{checkpoint.parent.name} {env_id}",
+    )
+    row = summarise(env_id, "imagined", results)
+    return {"success": row.success, "ci95": row.ci95}
 
 
 COLUMNS = (

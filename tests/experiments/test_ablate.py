@@ -74,6 +74,7 @@ def test_a_variant_changes_one_thing() -> None:
     assert changed["AdamW"].loop.optimizer == "adamw" != plain.loop.optimizer
     assert changed["own steps"] == replace(plain, own_steps=2)
     assert changed["reward weighs 0.5"].weights == replace(plain.weights, reward=0.5)
+    assert changed["another seed"].loop == replace(plain.loop, seed=plain.loop.seed + 1)
     others = [training for name, training in changed.items() if name not in ("as it is", "no objects")]
     assert all(training != plain for training in others)
     assert all(others.count(training) == 1 for training in others)
@@ -110,12 +111,14 @@ def test_rows_figures_and_going_on(made, tmp_path, monkeypatch, capsys) -> None:
     assert all(row["action_sensitivity_db"] and row["success"] for row in rows)
     text = (tmp_path / "ablate.md").read_text()
     assert text in capsys.readouterr().out and f"| {ENV}, no objects | 3 + 3 |" in text
+    with pytest.raises(ValueError, match="as_it_is holds a variant that was trained in another way"):
+        main(config(made, tmp_path, minutes=2.0))
     # Nothing is trained or scored twice.
     for name in ("train_world", "train_dida", "inspect_world", "run_episodes"):
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("done again"))
     assert len(ablate(config(made, tmp_path))) == 2
     cells = json.loads((tmp_path / "ablate.json").read_text())["rows"]
-    assert len(cells) == 4
+    assert len(cells) == 8  # of each variant: trained, inspected, plans told apart, planned
 
 
 def test_what_cannot_be_ablated_is_refused(made, tmp_path) -> None:

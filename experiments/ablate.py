@@ -152,7 +152,12 @@ def ablate(config: Ablate) -> list[dict[str, Any]]:
         training = VARIANTS[name](replace(config.training, loop=replace(config.training.loop, seed=config.seed)))
         key = {"variant": name, "data": store.data_hash, "preset": config.preset, "minutes": config.minutes}
         key |= {"next_token": config.next_token, "path": config.path, "training": asdict(training)}
-        trained = cells.get(key, partial(train_variant, config, name, training, store, folder, key))
+        eye = None if name == "no objects" else config.eye
+        key |= {
+            "tokenizer": weights_hash(str(config.tokenizer)),
+            "eye": None if eye is None else weights_hash(str(eye)),
+        }
+        trained = cells.get(key, partial(train_variant, config, training, eye, store, folder, key))
         for env_id in env_ids:
             scored = score(config, cells, {"variant": name, "env": env_id, "weights": trained["weights"]}, folder)
             rows.append({**trained, **scored, "variant": name, "env": env_id})
@@ -160,7 +165,7 @@ def ablate(config: Ablate) -> list[dict[str, Any]]:
 
 
 def train_variant(
-    config: Ablate, name: str, training: WorldTraining, store: EpisodeStore, folder: Path, key: dict[str, Any]
+    config: Ablate, training: WorldTraining, eye: Path | None, store: EpisodeStore, folder: Path, key: dict[str, Any]
 ) -> dict[str, Any]:
     """Both stages; each goes on where it was stopped. Returns the weights' hash and how far training came.
 
@@ -170,7 +175,7 @@ def train_variant(
     asked = json.dumps(key, indent=2)
     if (folder / "asked.json").exists() and (folder / "asked.json").read_text() != asked:
         raise ValueError(f"{folder} holds a variant that was trained in another way: give another --out")
-    eye = None if config.eye is None or name == "no objects" else Eye.from_pretrained(config.eye)
+    sees = None if eye is None else Eye.from_pretrained(eye)
     row = preset(config.preset)
     frames = IBQFrameTokenizer.from_pretrained(config.tokenizer)
     shares = {"world": config.next_token, "dida": 1 - config.next_token}
@@ -188,7 +193,7 @@ def train_variant(
     first, second = (folder / stage for stage in shares)
     if not (first / "done").exists():
         one = replace(training, loop=loops["world"])
-        result = train_world(store, row, frames, one, first, resume=(first / "training").exists(), eye=eye)
+        result = train_world(store, row, frames, one, first, resume=(first / "training").exists(), eye=sees)
         _finished(first, result.stopped)
     if not (second / "done").exists():
         two = replace(training, loop=loops["dida"])

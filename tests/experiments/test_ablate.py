@@ -113,6 +113,8 @@ def test_rows_figures_and_going_on(made, tmp_path, monkeypatch, capsys) -> None:
     assert text in capsys.readouterr().out and f"| {ENV}, no objects | 3 + 3 |" in text
     with pytest.raises(ValueError, match="as_it_is holds a variant that was trained in another way"):
         main(config(made, tmp_path, minutes=2.0))
+    with pytest.raises(ValueError, match="as_it_is holds a variant that was trained in another way"):
+        main(config(made, tmp_path, eye=None))
     # Nothing is trained or scored twice.
     for name in ("train_world", "train_dida", "inspect_world", "run_episodes"):
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("done again"))

@@ -192,6 +192,13 @@ def test_a_model_that_is_there_is_resumed_or_refused(store, world_out, dida_out,
     assert (bare / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("changes", [True, False])
+def test_a_new_model_reads_its_numbers_as_it_is_asked_to(store, tmp_path, changes):
+    training = replace(tiny.TRAINING, changes=changes, loop=replace(tiny.TRAINING.loop, steps=1, warmup_steps=0))
+    train_world(store, tiny.PRESET, tiny.make_tokenizer(), training, tmp_path, resume=False)
+    assert WorldModel.from_pretrained(tmp_path).layout.changes is changes
+
+
 def test_another_tokenizer_cannot_resume(store, world_out, tmp_path):
     out = Path(shutil.copytree(world_out, tmp_path / "out"))
     with pytest.raises(ValueError, match="was trained with tokenizer = "):
